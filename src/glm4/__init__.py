@@ -1,0 +1,40 @@
+"""Run GLM-4-0414 from a Hugging Face folder.
+
+    from glm4 import LLM, SamplingParams
+
+    llm = LLM("/path/hf_dir")
+    print(llm.chat("请介绍一下北京").text)
+
+Names are loaded when they are first used, so that importing the package loads no tensor library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glm4.engine.llm import LLM as LLM
+    from glm4.engine.request import RequestOutput as RequestOutput
+    from glm4.errors import Glm4Error as Glm4Error
+    from glm4.options import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "glm4.engine.llm",
+    "RequestOutput": "glm4.engine.request",
+    "SamplingParams": "glm4.options",
+    "Glm4Error": "glm4.errors",
+}
+__all__ = ["LLM", "Glm4Error", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'glm4' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

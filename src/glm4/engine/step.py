@@ -1,0 +1,84 @@
+"""What goes down to a runner and what comes back: plain integers, so that a plan can cross a process border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from glm4.options import SamplingParams
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStep:
+    """One request's share of a step: which of its tokens to compute, and where their keys and values live."""
+
+    request_id: int
+    token_ids: list[int]
+    """Tokens to compute, in order; the last ones are `draft_token_ids` where there are drafts."""
+    start: int
+    """Position of the first of them: how many tokens of the request the KV cache holds already."""
+    block_ids: list[int]
+    """The request's whole block table; position p lives in block_ids[p // block_size]."""
+    logits_at: list[int] = field(default_factory=list)
+    """Indices into token_ids after which a token is to be picked (none while a prompt is only caught up on)."""
+    draft_token_ids: list[int] = field(default_factory=list)
+    want_hidden_states: bool = False
+    sampling: SamplingParams | None = None
+    """Sent with the request's first step, and again after a preemption; every value filled in but the limits."""
+    prompt_len: int = 0
+    """Sent with `sampling`: how many of the request's tokens are its prompt (penalties tell them apart)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: any mix of prompt chunks and single tokens."""
+
+    requests: list[RequestStep]
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(from, to) block copies to make before anything is computed."""
+    finished_ids: list[int] = field(default_factory=list)
+    """Requests whose state the runner may drop."""
+    grammar_masks: dict[int, bytes] = field(default_factory=dict)
+    """Request id to a bitmap over the vocabulary, least significant bit first: 1 = allowed."""
+    version: int = PLAN_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One picked token's log-probability under the model, before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest token ids and their log-probabilities, best first, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """What one request of a plan gave."""
+
+    token_ids: list[int]
+    """One picked token for each index in `logits_at`."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    hidden_states: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results by request id; requests that wanted nothing are not in it."""
+
+    results: dict[int, RequestResult]
+    version: int = PLAN_VERSION
+
+
+class Runner(Protocol):
+    """Owns the weights and the KV memory; holds no tokenizer and takes no decisions."""
+
+    num_blocks: int
+    block_size: int
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step. Raises EngineError with the request's id where one request is to blame."""
+        ...
