@@ -3,7 +3,8 @@
     from glm4 import LLM, SamplingParams
 
     llm = LLM("/path/hf_dir")
-    print(llm.chat("请介绍一下北京").text)
+    [answer] = llm.chat([{"role": "user", "content": "请介绍一下北京"}])
+    print(answer.text)
 
 Names are loaded when they are first used, so that importing the package loads no tensor library.
 """

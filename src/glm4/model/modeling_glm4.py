@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm4.model.configuration_glm4 import Glm4Config
+from glm4.ops.activation import swiglu
 from glm4.ops.norm import rms_norm
 from glm4.ops.rotary import apply_rotary, rotary_frequencies, yarn_attention_factor
 
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020); one matrix holds the gate's rows first, then the up projection's."""
+    """One matrix holds the gate's rows first, then the up projection's."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
@@ -80,8 +81,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(up * F.silu(gate))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -1,0 +1,180 @@
+"""The engine: requests in, words out, one step at a time. It knows no device; the runner does."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from glm4.engine.kv_cache import BlockPool
+from glm4.engine.request import Request, RequestOutput
+from glm4.engine.scheduler import Scheduler
+from glm4.engine.step import Runner, StepPlan, StepResult, TokenLogprobs
+from glm4.errors import EngineError, Glm4Error, PromptError
+from glm4.options import EngineOptions, SamplingParams
+from glm4.text.detokenizer import Detokenizer
+from glm4.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Where the time went. A step counts as prefill when it computes any prompt token."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def add(self, plan: StepPlan, seconds: float) -> None:
+        """Count one executed step."""
+        computed = sum(len(step.token_ids) for step in plan.requests)
+        if computed == len(plan.requests) and all(step.start > 0 for step in plan.requests):
+            self.decode_tokens += computed
+            self.decode_seconds += seconds
+        else:
+            self.prefill_tokens += computed
+            self.prefill_seconds += seconds
+
+
+@dataclass(slots=True)
+class _Answer:
+    """The words of one request as they come."""
+
+    request: Request
+    detokenizer: Detokenizer
+    at_start: bool
+    """Nothing said yet, and a leading newline is the template's, not the answer's."""
+    text: str = ""
+    num_read: int = 0
+    """Generated tokens already turned into words."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop_reason: str | int | None = None
+
+
+class Engine:
+    """Continuous batching over one runner."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        defaults: SamplingParams,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        options: EngineOptions,
+    ) -> None:
+        """`defaults`: every sampling value filled in; `eos_token_ids` end an answer unless it ignores them."""
+        self.runner, self.tokenizer, self.defaults = runner, tokenizer, defaults
+        self.eos_token_ids, self.max_model_len = tuple(eos_token_ids), max_model_len
+        self.scheduler = Scheduler(
+            BlockPool(runner.num_blocks, runner.block_size), options.max_batch_tokens, options.max_batch_requests
+        )
+        self.stats = EngineStats()
+        self._answers: dict[int, _Answer] = {}
+        self._ids = itertools.count()
+        self._seed = secrets.randbits(32) if options.seed is None else options.seed
+
+    @property
+    def has_work(self) -> bool:
+        """Some request has not ended yet."""
+        return self.scheduler.has_work
+
+    def add(self, prompt_token_ids: list[int], sampling: SamplingParams | None = None, *, chat: bool = False) -> int:
+        """Queue a prompt and return the request's id.
+
+        `chat`: the prompt came through the chat template, so the newline that begins an ordinary answer is not
+        part of it. Raises PromptError for a prompt that is empty, too long, or holds an id that is no token's,
+        and MemoryPlanError for one that the KV cache can never hold.
+        """
+        self._check_prompt(prompt_token_ids)
+        request_id = next(self._ids)
+        params = (sampling or SamplingParams()).over(self.defaults)
+        if params.seed is None:
+            params = replace(params, seed=self._seed + request_id)
+        if not params.ignore_eos:
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.eos_token_ids))
+        prompt_len = len(prompt_token_ids)
+        max_len = min(self.max_model_len, prompt_len + (params.max_new_tokens or self.max_model_len))
+        request = Request(request_id, list(prompt_token_ids), prompt_len, params, max_len)
+        self.scheduler.add(request)
+        detokenizer = Detokenizer(self.tokenizer, bool(params.skip_special_tokens), params.stop)
+        self._answers[request_id] = _Answer(request, detokenizer, at_start=chat)
+        return request_id
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise PromptError("the prompt is empty: give some text")
+        if len(token_ids) >= self.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens and prompt plus answer may have {self.max_model_len}: "
+                "shorten it, or raise max_model_len if the model's own limit is higher"
+            )
+        if not 0 <= min(token_ids) <= max(token_ids) < self.tokenizer.vocab_size:
+            raise PromptError(f"the prompt holds a token id outside 0 … {self.tokenizer.vocab_size - 1}")
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step and return the requests that got further.
+
+        Raises EngineError when the runner fails; every request is ended then, its blocks free.
+        """
+        plan = self.scheduler.plan()
+        started = time.perf_counter()
+        try:
+            result = self.runner.execute(plan)
+        except Exception as error:
+            self.abort(*self._answers)
+            if isinstance(error, Glm4Error):
+                raise
+            raise EngineError(f"the step failed: {type(error).__name__}: {error}") from error
+        self.stats.add(plan, time.perf_counter() - started)
+        return [self._output(request, result) for request in self.scheduler.update(plan, result)]
+
+    def _output(self, request: Request, result: StepResult) -> RequestOutput:
+        answer = self._answers[request.request_id]
+        answer.logprobs += result.results[request.request_id].logprobs
+        delta = self._new_words(answer)
+        if answer.detokenizer.stopped is not None and request.finish_reason != "stop":
+            answer.stop_reason = answer.detokenizer.stopped
+            if request.finish_reason is None:
+                self.scheduler.finish(request, "stop")
+            request.finish_reason = "stop"
+        if request.finish_reason is not None:
+            del self._answers[request.request_id]
+        answer.text += delta
+        kept = request.prompt_len + answer.num_read
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=request.token_ids[: request.prompt_len],
+            token_ids=request.token_ids[request.prompt_len : kept],
+            text=answer.text,
+            delta=delta,
+            finish_reason=request.finish_reason,
+            stop_reason=answer.stop_reason,
+            logprobs=answer.logprobs[: answer.num_read],
+        )
+
+    def _new_words(self, answer: _Answer) -> str:
+        request, words = answer.request, ""
+        new_ids = request.token_ids[request.prompt_len + answer.num_read :]
+        if request.finish_reason == "stop":  # by an id, which is not part of the answer
+            answer.stop_reason = new_ids.pop()
+        for token_id in new_ids:
+            words += answer.detokenizer.push(token_id)
+            answer.num_read += 1
+            if answer.detokenizer.stopped is not None:
+                break
+        if request.finish_reason is not None and answer.detokenizer.stopped is None:
+            words += answer.detokenizer.finish()
+        if answer.at_start and words:
+            answer.at_start = False
+            words = words.removeprefix("\n")
+        return words
+
+    def abort(self, *request_ids: int) -> None:
+        """End requests at once and free their blocks; ids that have ended already are ignored."""
+        for request_id in request_ids:
+            answer = self._answers.pop(request_id, None)
+            if answer is not None:
+                self.scheduler.finish(answer.request, "abort")

@@ -1,0 +1,199 @@
+"""`LLM`: a folder in, answers out, in this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import TypeIs
+
+from glm4 import device as devices
+from glm4.checkpoint.folder import ModelFolder
+from glm4.checkpoint.safetensors_reader import Checkpoint
+from glm4.engine.engine import Engine, EngineStats
+from glm4.engine.request import RequestOutput
+from glm4.engine.torch_runner import TorchRunner
+from glm4.errors import OptionError
+from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
+from glm4.model.loading import load_model
+from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from
+from glm4.plan import MemoryPlan, gib
+from glm4.text.chat import ChatTemplate
+from glm4.text.tokenizer import Tokenizer
+
+log = logging.getLogger("glm4")
+
+Message = dict[str, Any]
+Prompt = str | list[int]
+
+
+class LLM:
+    """GLM-4 from a Hugging Face folder.
+
+    llm = LLM("/path/hf_dir", dtype="bfloat16")
+    [answer] = llm.chat([{"role": "user", "content": "请介绍一下北京"}])
+    print(answer.text)
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions | str | Path,
+        *,
+        on_load: Callable[[int, int], None] = lambda done, total: None,
+        **overrides: Any,
+    ) -> None:
+        """Load a model.
+
+        options: the folder, or all options at once; overrides: single EngineOptions by name.
+        on_load(tensors done, tensors in all) is called while the weights load.
+        Raises a Glm4Error that names what is wrong with the options, the folder, the device or the memory.
+        """
+        if not isinstance(options, EngineOptions):
+            options = EngineOptions(model=str(options))
+        self.options = options = replace(options, **_checked(overrides))
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        folder = ModelFolder.open(options.model)
+        self.config = Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
+        self.tokenizer = Tokenizer.from_folder(folder.path)
+        self._template = ChatTemplate.from_folder(folder.path)
+        generation = folder.read_json("generation_config.json", required=False) or {}
+        self.engine = self._build_engine(folder, folder_sampling(generation, self.thinks), on_load)
+        self.last_stats = EngineStats()
+
+    def _build_engine(self, folder: ModelFolder, said: SamplingParams, on_load: Callable[[int, int], None]) -> Engine:
+        options, config = self.options, self.config
+        checkpoint = Checkpoint.open(folder)
+        device = devices.select_device(options.device, options.device_id)
+        stored = checkpoint.info(checkpoint.names()[0]).dtype
+        dtype = devices.select_dtype(options.dtype, stored, device)
+        max_len = _max_model_len(options, config)
+        plan = MemoryPlan.of(config, options, str(dtype).removeprefix("torch."), max_len)
+        limit = devices.free_memory(device)
+        if options.max_device_memory is not None:
+            limit = min(limit, options.max_device_memory)
+        num_blocks = plan.kv_blocks(limit)
+        log.info(
+            "%s, %s on %s: weights %s, KV cache for %d tokens, %s allowed",
+            folder.path.name, plan.dtype, device, gib(plan.weights), num_blocks * options.block_size, gib(limit),
+        )  # fmt: skip
+        total, done = len(checkpoint.names()), 0
+
+        def count(name: str) -> None:
+            nonlocal done
+            done += 1
+            on_load(done, total)
+
+        started = time.perf_counter()
+        model = load_model(checkpoint, config, device, dtype, count)
+        log.info("loaded in %.1f s", time.perf_counter() - started)
+        runner = TorchRunner(model, num_blocks, options.block_size, self.tokenizer.unknown_ids(config.vocab_size))
+        max_len = min(max_len, num_blocks * options.block_size)
+        return Engine(runner, self.tokenizer, said.over(GREEDY), config.eos_token_ids, max_len, options)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """The folder is a chat model's; a base model has no template."""
+        return self._template.available
+
+    @property
+    def thinks(self) -> bool:
+        """The model is a GLM-Z1: its answers begin inside a thought that `</think>` ends."""
+        return self._template.thinks
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.engine.max_model_len
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What holds for a request that says nothing of its own."""
+        return self.engine.defaults
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """The token ids that ask for the next answer in a conversation.
+
+        Raises PromptError for malformed messages, and for a folder without a chat template.
+        """
+        return self._template.encode(self.tokenizer, messages, tools=tools)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Continue raw prompts, texts or token ids, all side by side; one output each, in order.
+
+        Raises PromptError or MemoryPlanError for a prompt that cannot be served, before anything runs.
+        """
+        several = [prompts] if _is_prompt(prompts) else prompts
+        return self._run([self._as_ids(prompt) for prompt in several], sampling, chat=False)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several, all side by side; one output each, in order."""
+        several = [conversations] if _is_conversation(conversations) else conversations
+        return self._run([self.encode_chat(messages, tools) for messages in several], sampling, chat=True)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling: SamplingParams | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """The answer to one raw prompt (text or ids) or one conversation, as it grows.
+
+        Leaving the loop early ends the request and frees its blocks.
+        """
+        if _is_conversation(prompt):
+            return self._stream([self.encode_chat(prompt, tools)], sampling, chat=True)
+        return self._stream([self._as_ids(prompt)], sampling, chat=False)
+
+    def _as_ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _run(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> list[RequestOutput]:
+        latest = {output.request_id: output for output in self._stream(prompts, sampling, chat)}
+        return [latest[request_id] for request_id in sorted(latest)]
+
+    def _stream(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> Iterator[RequestOutput]:
+        engine = self.engine
+        ids: list[int] = []
+        engine.stats = self.last_stats = EngineStats()
+        try:
+            ids.extend(engine.add(prompt, sampling, chat=chat) for prompt in prompts)
+            while engine.has_work:
+                yield from engine.step()
+        finally:
+            engine.abort(*ids)
+
+
+def _checked(overrides: dict[str, Any]) -> dict[str, Any]:
+    options_from(EngineOptions, overrides)
+    return overrides
+
+
+def _is_conversation(value: Any) -> TypeIs[Sequence[Message]]:
+    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], dict)
+
+
+def _is_prompt(value: Any) -> TypeIs[Prompt]:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int))
+
+
+def _max_model_len(options: EngineOptions, config: Glm4Config) -> int:
+    asked = options.max_model_len or config.max_context
+    if asked > config.max_context:
+        raise OptionError(
+            f"max_model_len {asked} is beyond the {config.max_context} positions this model was made for: lower it, "
+            "or add YaRN to config.json"
+        )
+    return asked

@@ -1,0 +1,133 @@
+"""Decides, step by step, which requests run and how many of their tokens.
+
+There is no prefill phase and no decode phase: every request has tokens to catch up on, under one token budget.
+When blocks run out, the youngest request gives up its own and computes its tokens again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from glm4.engine.kv_cache import BlockPool
+from glm4.engine.request import FinishReason, Request
+from glm4.engine.step import RequestStep, StepPlan, StepResult
+from glm4.errors import MemoryPlanError
+
+
+class Scheduler:
+    """First come, first served."""
+
+    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_batch_requests: int) -> None:
+        self.pool = pool
+        self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        """Oldest first."""
+        self._finished_ids: list[int] = []
+
+    @property
+    def has_work(self) -> bool:
+        """A request is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises MemoryPlanError for one that could not finish even if it were alone."""
+        capacity = self.pool.num_blocks * self.pool.block_size
+        if request.max_len > capacity:
+            raise MemoryPlanError(
+                f"prompt of {request.prompt_len} tokens plus {request.max_len - request.prompt_len} new ones needs "
+                f"room for {request.max_len}, and the KV cache holds {capacity}: lower max_new_tokens or raise "
+                "max_device_memory"
+            )
+        self.waiting.append(request)
+
+    def plan(self) -> StepPlan:
+        """The next step, and the requests' new block tables."""
+        budget = self.max_batch_tokens
+        steps: list[RequestStep] = []
+        for request in list(self.running):
+            if budget == 0 or request not in self.running:  # a later one may have lost its blocks to an earlier one
+                continue
+            count = min(request.num_pending, budget)
+            if self._make_room(request, count):
+                steps.append(self._step(request, count))
+                budget -= count
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
+            request = self.waiting[0]
+            if self.pool.blocks_for(len(request.token_ids)) > self.pool.num_free:
+                break
+            self.running.append(self.waiting.popleft())
+            count = min(request.num_pending, budget)
+            self._make_room(request, count)
+            steps.append(self._step(request, count))
+            budget -= count
+        finished, self._finished_ids = self._finished_ids, []
+        return StepPlan(steps, finished_ids=finished)
+
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Blocks for `count` more tokens of `request`; False when it had to give up its own."""
+        missing = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
+        while missing > self.pool.num_free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        request.block_ids += self.pool.take(missing)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed, request.known_to_runner = 0, False
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.give_back(request.block_ids)
+        request.block_ids = []
+
+    def _step(self, request: Request, count: int) -> RequestStep:
+        start = request.num_computed
+        first_time, request.known_to_runner = not request.known_to_runner, True
+        return RequestStep(
+            request_id=request.request_id,
+            token_ids=request.token_ids[start : start + count],
+            start=start,
+            block_ids=list(request.block_ids),
+            logits_at=[count - 1] if count == request.num_pending else [],
+            sampling=request.sampling if first_time else None,
+            prompt_len=request.prompt_len if first_time else 0,
+        )
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Take in what `plan` gave: the requests that got a token, those that ended by an id or a limit marked so."""
+        by_id = {request.request_id: request for request in self.running}
+        progressed = []
+        for step in plan.requests:
+            request = by_id.get(step.request_id)
+            if request is None:  # aborted while the step ran
+                continue
+            request.num_computed += len(step.token_ids)
+            if step.request_id in result.results:
+                request.token_ids += result.results[step.request_id].token_ids
+                progressed.append(request)
+                reason = self._reason_to_end(request)
+                if reason:
+                    self.finish(request, reason)
+        return progressed
+
+    @staticmethod
+    def _reason_to_end(request: Request) -> FinishReason | None:
+        enough = request.num_generated > (request.sampling.min_new_tokens or 0)
+        if enough and request.token_ids[-1] in request.sampling.stop_token_ids:
+            return "stop"
+        return "length" if len(request.token_ids) >= request.max_len else None
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request, wherever it is, and free its blocks."""
+        request.finish_reason = reason
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._release(request)
+        self._finished_ids.append(request.request_id)
