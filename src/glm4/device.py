@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -65,31 +66,24 @@ def free_memory(device: torch.device) -> int:
 
 
 def _system_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroup_memory() -> int:
-    """What the container's limit leaves, in bytes; a very large number where there is none."""
-    root = "/sys/fs/cgroup/"
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(root + limit_file, encoding="ascii") as limit, open(root + usage_file, encoding="ascii") as usage:
-                text = limit.read().strip()
-                if text != "max":
-                    return max(0, int(text) - int(usage.read()))
-        except OSError:
-            continue
-    return 1 << 62
+    """What the container's limit leaves (cgroup v2), its page cache counted as free; very large where there is none."""
+    group = Path("/sys/fs/cgroup")
+    limit_file = group / "memory.max"
+    limit = limit_file.read_text(encoding="ascii").strip() if limit_file.exists() else "max"
+    if limit == "max":
+        return 1 << 62
+    used = int((group / "memory.current").read_text(encoding="ascii"))
+    stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    return max(0, int(limit) - used + int(stat.get("file", 0)))
 
 
 def synchronize(device: torch.device) -> None:

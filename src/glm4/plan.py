@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from glm4.errors import MemoryPlanError
 from glm4.model.configuration_glm4 import Glm4Config
-from glm4.model.utils import TensorSpec, tensor_specs
+from glm4.model.utils import tensor_specs
 from glm4.options import EngineOptions
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -40,13 +40,16 @@ class MemoryPlan:
         )
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in the checkpoint."""
+        return sum(spec.numel for spec in tensor_specs(self.config))
+
+    @property
     def weights(self) -> int:
         """Weights; what is cut is shared out, the rest is held by every card."""
-        numbers = sum(-(-t.numel // self.cards) if t.shard_axis is not None else t.numel for t in self._specs())
+        specs = tensor_specs(self.config)
+        numbers = sum(-(-s.numel // self.cards) if s.shard_axis is not None else s.numel for s in specs)
         return numbers * ITEMSIZE[self.dtype]
-
-    def _specs(self) -> list[TensorSpec]:
-        return list(tensor_specs(self.config))
 
     @property
     def kv_per_token(self) -> int:
@@ -77,9 +80,12 @@ class MemoryPlan:
                 f"{self.dtype} weights take {gib(self.weights)}, with workspace and the shortest useful KV cache "
                 f"{gib(self.least)}, and {gib(limit)} may be used: {self._smallest_change(limit)}"
             )
-        fitting = (limit - self.weights - self.workspace) // (self.kv_per_token * self.block_size)
         useful = -(-self.context // self.block_size) * self.max_batch_requests
-        return min(fitting, useful)
+        return min(self.kv_tokens(limit) // self.block_size, useful)
+
+    def kv_tokens(self, limit: int) -> int:
+        """Tokens that the KV cache holds in `limit`, however many are useful; 0 when the model does not run in it."""
+        return (limit - self.weights - self.workspace) // self.kv_per_token if self.least <= limit else 0
 
     def _smallest_change(self, limit: int) -> str:
         smaller_step = replace(self, max_batch_tokens=min(self.max_batch_tokens, 256))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class LLM:
             on_load(done, total)
 
         started = time.perf_counter()
-        model = load_model(checkpoint, config, device, dtype, count)
+        self.model = model = load_model(checkpoint, config, device, dtype, count)
         log.info("loaded in %.1f s", time.perf_counter() - started)
         runner = TorchRunner(model, num_blocks, options.block_size, self.tokenizer.unknown_ids(config.vocab_size))
         max_len = min(max_len, num_blocks * options.block_size)
@@ -148,7 +148,7 @@ class LLM:
         prompt: Prompt | Sequence[Message],
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """The answer to one raw prompt (text or ids) or one conversation, as it grows.
 
         Leaving the loop early ends the request and frees its blocks.
@@ -164,7 +164,9 @@ class LLM:
         latest = {output.request_id: output for output in self._stream(prompts, sampling, chat)}
         return [latest[request_id] for request_id in sorted(latest)]
 
-    def _stream(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> Iterator[RequestOutput]:
+    def _stream(
+        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool
+    ) -> Generator[RequestOutput]:
         engine = self.engine
         ids: list[int] = []
         engine.stats = self.last_stats = EngineStats()

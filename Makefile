@@ -1,0 +1,59 @@
+# `make run` answers a question, `make test` runs the tests; both make the environment first if it is not there.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+MODEL  ?= demo/glm4-demo
+PROMPT ?= 请介绍一下北京
+CONFIG ?= configs/glm4/predict_glm4.yaml
+export MODEL PROMPT CONFIG
+
+.PHONY: help run test lint format env demo clean
+
+help:
+	@echo "make run                      answer '$(PROMPT)' with the demo model"
+	@echo "make run PROMPT='…' MODEL=DIR answer another question with another folder"
+	@echo "make test                     run all tests"
+	@echo "make lint                     ruff, mypy --strict and the import contract"
+	@echo "make format                   let ruff format the code"
+	@echo "make demo                     train the demo model again (up to 40 minutes)"
+	@echo "make env                      only make the environment ($(VENV))"
+	@echo "make clean                    remove the environment and caches"
+
+run: $(READY)
+	@$(BIN)/python run_mindformer.py --config "$$CONFIG" --run_mode predict --use_parallel False \
+		--pretrained_model_dir "$$MODEL" --predict_data "$$PROMPT"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)
+	$(BIN)/python tools/build_corpus.py
+	$(BIN)/python tools/train_demo.py
+
+env: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "error: $(PYTHON) has no venv module; install it: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache output

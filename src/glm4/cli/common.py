@@ -1,0 +1,98 @@
+"""What several commands share: options derived from the dataclasses, and loading with a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glm4.errors import OptionError
+from glm4.options import EngineOptions, SamplingParams, options_from
+
+if TYPE_CHECKING:
+    from glm4.engine.llm import LLM
+
+Command = Callable[..., Any]
+
+_RARE = ("block_size", "max_batch_requests", "max_batch_tokens", "device_id")
+
+
+def model_option(command: Command) -> Command:
+    """-m/--model, or the environment variable GLM4_MODEL."""
+    return click.option(
+        "-m",
+        "--model",
+        envvar="GLM4_MODEL",
+        metavar="DIR",
+        help="Hugging Face folder of the model (or set GLM4_MODEL)",
+        type=click.Path(),
+    )(command)
+
+
+def engine_options(command: Command) -> Command:
+    """One flag for each EngineOptions field but the model."""
+    for option in reversed([f for f in fields(EngineOptions) if f.name != "model"]):
+        default = "" if option.default is None else f" [default: {option.default}]"
+        command = click.option(
+            "--" + option.name.replace("_", "-"),
+            metavar="|".join(option.metadata.get("choices", ())) or None,
+            hidden=option.name in _RARE,
+            help=option.metadata["help"] + default,
+        )(command)
+    return command
+
+
+def sampling_option(command: Command) -> Command:
+    """-o key value, any SamplingParams field, as often as needed."""
+    names = ", ".join(option.name for option in fields(SamplingParams))
+    return click.option(
+        "-o", "--option", "sampling", nargs=2, multiple=True, metavar="KEY VALUE", help=f"how to answer: {names}"
+    )(command)
+
+
+def sampling_from(pairs: tuple[tuple[str, str], ...]) -> SamplingParams:
+    """SamplingParams from the values of -o; a repeated `stop` or `stop_token_ids` adds up."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in ("stop", "stop_token_ids"):
+            values.setdefault(key, []).append(value)
+        else:
+            values[key] = value
+    params: SamplingParams = options_from(SamplingParams, values, " in -o")
+    return params
+
+
+def load(model: str | None, options: dict[str, Any]) -> LLM:
+    """The model in folder `model`, with a progress bar on a terminal; `options` as the shell gave them."""
+    if not model:
+        raise OptionError("no model: give its folder with -m DIR, or set GLM4_MODEL (demo/glm4-demo is a tiny one)")
+    said = {name: value for name, value in options.items() if value is not None}
+    engine_options: EngineOptions = options_from(EngineOptions, {"model": model, **said})
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from glm4.engine.llm import LLM
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return LLM(engine_options)
+    columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("load")
+        return LLM(engine_options, on_load=lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def verbose_option(command: Command) -> Command:
+    """-v: the program's own log on stderr."""
+
+    def switch(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+
+    return click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=switch, help="say what is going on (stderr)"
+    )(command)

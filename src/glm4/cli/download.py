@@ -1,0 +1,62 @@
+"""`glm4 download`: a model from Hugging Face or ModelScope into a folder."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    "download",
+    epilog="""\b
+Examples:
+  glm4 download zai-org/GLM-4-9B-0414
+  glm4 download zai-org/GLM-4-32B-0414 --to /data/GLM-4-32B-0414
+  glm4 download ZhipuAI/GLM-4-9B-0414 --hub modelscope
+  glm4 download zai-org/GLM-Z1-9B-0414 --endpoint https://hf-mirror.com
+
+Run the same command again to go on after an interruption, or to check and repair a folder.""",
+)
+@click.argument("repo")
+@click.option("--hub", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True)
+@click.option(
+    "--to", "target", type=click.Path(path_type=Path), metavar="DIR", help="Folder to fill; by default ./NAME."
+)
+@click.option(
+    "--endpoint", metavar="URL", help="Address of the hub or of a mirror; by default $HF_ENDPOINT or the hub's."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit; by default the newest state.")
+@click.option(
+    "--token", help="For models that need one; by default the saved login, $HF_TOKEN or $MODELSCOPE_API_TOKEN."
+)
+def command(
+    repo: str, hub: str, target: Path | None, endpoint: str | None, revision: str | None, token: str | None
+) -> None:
+    """Fetch model REPO, such as zai-org/GLM-4-9B-0414, into a folder.
+
+    Only the files that are needed are fetched; each is checked by size and hash. The folder is printed on stdout,
+    everything else on stderr.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from glm4.checkpoint.hub import download
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(repo, total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        folder = download(repo, target, hub=hub, endpoint=endpoint, revision=revision, token=token, on_progress=show)
+    click.echo(folder)
+    click.echo(f'Try it: glm4 generate -m {shlex.quote(str(folder))} "你好"', err=True)

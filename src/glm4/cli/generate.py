@@ -1,0 +1,114 @@
+"""`glm4 generate`: one answer, streamed to the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glm4.cli.common import engine_options, load, model_option, sampling_from, sampling_option, verbose_option
+from glm4.errors import PromptError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from glm4.engine.llm import LLM
+    from glm4.engine.request import RequestOutput
+
+
+@click.command("generate", short_help="answer one prompt, streamed to the terminal")
+@click.argument("prompt", nargs=-1)
+@model_option
+@click.option("-s", "--system", metavar="TEXT", help="what the model should know or be")
+@sampling_option
+@click.option("--raw", is_flag=True, help="continue the text as it is, without the chat template")
+@click.option("--hide-thoughts", is_flag=True, help="GLM-Z1: show only the answer (thoughts go to stderr otherwise)")
+@click.option("--stats", is_flag=True, help="say at the end how many tokens a second it was (stderr)")
+@verbose_option
+@engine_options
+def command(
+    prompt: tuple[str, ...],
+    model: str | None,
+    system: str | None,
+    sampling: tuple[tuple[str, str], ...],
+    raw: bool,
+    hide_thoughts: bool,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Answer PROMPT, or what comes in on stdin, or stdin followed by PROMPT.
+
+    \b
+    Examples:
+      glm4 generate '请介绍一下北京' -m /path/hf_dir
+      cat error.log | glm4 generate 'What went wrong?' -m /path/hf_dir
+      glm4 generate 'Write a haiku' -m DIR -o temperature 0.8 -o seed 7 -o max_new_tokens 60
+    """
+    text = read_prompt(prompt)
+    if raw and system:
+        raise PromptError("--system needs the chat template: leave out --raw, or write the text into the prompt")
+    params = sampling_from(sampling)
+    llm = load(model, options)
+    if raw:
+        outputs = llm.stream(text, params)
+    else:
+        messages = [{"role": "system", "content": system}] if system else []
+        outputs = llm.stream([*messages, {"role": "user", "content": text}], params)
+    last = show(outputs, thinks=llm.thinks and not raw, hide_thoughts=hide_thoughts)
+    if last.finish_reason == "length":
+        click.echo(f"(stopped after {len(last.token_ids)} tokens, the limit)", err=True)
+    if stats:
+        click.echo(stats_line(llm), err=True)
+
+
+def read_prompt(words: tuple[str, ...]) -> str:
+    """Standard input, where it is not a terminal, and the arguments, one below the other.
+
+    Raises PromptError when there is neither, or for bytes that are not UTF-8.
+    """
+    piped = ""
+    if not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from error
+    text = "\n".join(part for part in (piped, " ".join(words)) if part)
+    if not text.strip():
+        raise PromptError("the prompt is empty: give some text as an argument or on standard input")
+    return text
+
+
+def show(outputs: Iterable[RequestOutput], *, thinks: bool, hide_thoughts: bool = False) -> RequestOutput:
+    """Write an answer to stdout as it comes, its thoughts dimmed to stderr, and return its last state."""
+    from glm4.text.reasoning import ThoughtSplitter
+
+    splitter = ThoughtSplitter(inside=thinks)
+    last = None
+
+    def write(pieces: Sequence[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            if kind == "answer":
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            elif not hide_thoughts:
+                click.secho(text, dim=True, nl=False, err=True)
+
+    for last in outputs:
+        write(splitter.push(last.delta))
+    write(splitter.finish())
+    click.echo()
+    assert last is not None  # a request gives at least one output
+    return last
+
+
+def stats_line(llm: LLM) -> str:
+    """Tokens and tokens/s of the last answer's prefill and decode."""
+    stats = llm.last_stats
+    return "; ".join(
+        f"{name} {tokens} tokens, {seconds:.2f} s, {tokens / seconds if seconds else 0:.1f} tokens/s"
+        for name, tokens, seconds in (
+            ("prefill", stats.prefill_tokens, stats.prefill_seconds),
+            ("decode", stats.decode_tokens, stats.decode_seconds),
+        )
+    )

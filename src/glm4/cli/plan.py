@@ -1,0 +1,120 @@
+"""`glm4 plan`: what a model needs, what fits where, and the YAML for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from glm4.errors import OptionError
+from glm4.options import DTYPES, EngineOptions, parse_size
+from glm4.plan import MemoryPlan, gib
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from glm4.model.configuration_glm4 import Glm4Config
+
+_MEMORY_SIZES = (16, 24, 30, 48, 59, 80)
+_CARDS = (1, 2, 4, 8)
+
+
+@click.command("plan", short_help="what a model needs in memory, and what fits where")
+@click.argument("model", type=click.Path())
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="bfloat16", show_default=True, help="number format")
+@click.option("--memory", metavar="SIZE", help="memory of one card, such as 59GB [default: free memory here]")
+@click.option("--cards", type=click.Choice([str(n) for n in _CARDS]), help="how many cards share the model")
+@click.option("--context", type=click.IntRange(min=1), help="longest prompt plus answer [default: the model's limit]")
+def command(model: str, dtype: str, memory: str | None, cards: str | None, context: int | None) -> None:
+    """Say what the folder MODEL needs in memory, before anything is loaded (config.json is enough).
+
+    \b
+    Examples:
+      glm4 plan /path/hf_dir
+      glm4 plan /path/hf_dir --memory 59GB --cards 2
+    """
+    from rich.console import Console
+
+    config = _read_config(model)
+    context = _checked_context(context, config)
+    plan = MemoryPlan.of(config, EngineOptions(), dtype, context)
+    console = Console(highlight=False)
+    console.print(_needs(plan, model))
+    console.print(_fits(plan))
+    limit = parse_size(memory) if memory else _free_memory()
+    _advise(console, plan, model, limit, int(cards) if cards else None)
+
+
+def _read_config(model: str) -> Glm4Config:
+    from glm4.checkpoint.folder import ModelFolder
+    from glm4.model.configuration_glm4 import Glm4Config
+
+    folder = ModelFolder.open(model)
+    return Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
+
+
+def _checked_context(context: int | None, config: Glm4Config) -> int:
+    if context is not None and context > config.max_context:
+        raise OptionError(f"--context {context}: this model was made for {config.max_context} positions at most")
+    return context or config.max_context
+
+
+def _free_memory() -> int:
+    from glm4.device import free_memory, select_device
+
+    return free_memory(select_device("auto"))
+
+
+def _needs(plan: MemoryPlan, model: str) -> Table:
+    from rich.table import Table
+
+    config = plan.config
+    table = Table(title=model, show_header=False, title_justify="left")
+    rows = {
+        "parameters": f"{plan.num_parameters / 1e9:.2f} billion, {config.num_hidden_layers} layers",
+        "weights": ", ".join(f"{gib(replace(plan, dtype=name).weights)} in {name}" for name in DTYPES[1:]),
+        "KV cache": f"{gib(plan.kv_per_token * 1024)} per 1,024 tokens, "
+        f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.dtype})",
+        "workspace": f"{gib(plan.workspace)} for steps of {plan.max_batch_tokens:,} tokens",
+        "context": f"{config.max_context:,} tokens",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _fits(plan: MemoryPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"tokens that the KV cache holds, {plan.dtype} (– : does not fit)", title_justify="left")
+    table.add_column("memory of a card")
+    for cards in _CARDS:
+        table.add_column("1 card" if cards == 1 else f"{cards} cards", justify="right")
+    for size in _MEMORY_SIZES:
+        cells = []
+        for cards in _CARDS:
+            tokens = replace(plan, cards=cards).kv_tokens(size * 2**30)
+            cells.append(f"{tokens:,}" if tokens else "–")
+        table.add_row(f"{size} GiB", *cells)
+    return table
+
+
+def _advise(console: Console, plan: MemoryPlan, model: str, limit: int, cards: int | None) -> None:
+    """Whether it fits in `limit` (on `cards` cards, else on the fewest), and the YAML for MindSpore Transformers."""
+    choices = [replace(plan, cards=cards)] if cards else [replace(plan, cards=n) for n in _CARDS]
+    fitting = [choice for choice in choices if choice.kv_tokens(limit)]
+    if not fitting:
+        choices[0].kv_blocks(limit)  # raises, and says what would fit
+    best = fitting[0]
+    where = "one card" if best.cards == 1 else f"{best.cards} cards"
+    console.print(
+        f"fits on {where} with {gib(limit)} each: {gib(best.weights)} weights, "
+        f"{best.kv_tokens(limit):,} tokens of KV cache"
+    )
+    console.print(
+        f"\n# configs/glm4/predict_glm4.yaml\npretrained_model_dir: '{model}'\nparallel_config:\n  data_parallel: 1\n"
+        f'  model_parallel: {best.cards}\ncontext:\n  max_device_memory: "{limit // 2**30}GB"',
+        markup=False,
+    )
