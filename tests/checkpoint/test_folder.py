@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from glm4.checkpoint.folder import ModelFolder, parse_json
+from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import Checkpoint
 from glm4.errors import CheckpointError, ConfigError
+from glm4.files import parse_json
 
 CONFIG = {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
 from glm4.errors import CheckpointError, ConfigError
+from glm4.files import decode, read_bytes, read_json
 
 ARCHITECTURE = "Glm4ForCausalLM"
 MODEL_TYPE = "glm4"
@@ -28,8 +27,6 @@ _RELATIVES = {
 """Models that are easily taken for one of ours, by model_type."""
 
 _PARTIAL_SUFFIXES = (".incomplete", ".part", ".aria2")
-_LFS_POINTER = b"version https://git-lfs"
-_LFS_POINTER_MAX_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,7 @@ class ModelFolder:
 
         Raises ConfigError, with line and column, for anything that is not one JSON object in UTF-8.
         """
-        data = self._read_bytes(name, required)
-        return None if data is None else parse_json(data, self.path / name)
+        return read_json(self.path / name, required)
 
     @overload
     def read_text(self, name: str, required: Literal[True] = True) -> str: ...
@@ -80,8 +76,8 @@ class ModelFolder:
 
         Raises ConfigError for a file that is not UTF-8.
         """
-        data = self._read_bytes(name, required)
-        return None if data is None else _decode(data, self.path / name)
+        data = read_bytes(self.path / name, required)
+        return None if data is None else decode(data, self.path / name)
 
     def file_names(self) -> list[str]:
         """Names of the folder's files and folders, sorted."""
@@ -90,62 +86,6 @@ class ModelFolder:
     def refuse_without_safetensors(self) -> NoReturn:
         """Raise the CheckpointError that says what the folder holds in place of safetensors weights."""
         _explain_missing_weights(self.path, self.file_names())
-
-    def _read_bytes(self, name: str, required: bool) -> bytes | None:
-        path = self.path / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            if not required:
-                return None
-            raise ConfigError(f"{path} is missing: fetch it with `glm4 download` into this folder") from error
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        refuse_lfs_pointer(path, data)
-        return data
-
-
-def parse_json(data: bytes, where: str | Path) -> dict[str, Any]:
-    """The JSON object in `data`; each key may stand once. Raises ConfigError, which starts with `where`."""
-    text = _decode(data, where)
-    if not text.strip():
-        raise ConfigError(f"{where} is empty: fetch it again")
-    try:
-        value = json.loads(text, object_pairs_hook=_object_without_duplicates)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{where} is not valid JSON: {error.msg} at {place}") from error
-    except ValueError as error:  # a key that stands twice, or a number of thousands of digits
-        raise ConfigError(f"{where} is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is not valid JSON: it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} holds a {type(value).__name__}, not a JSON object {{…}}")
-    return value
-
-
-def refuse_lfs_pointer(path: Path, first_bytes: bytes) -> None:
-    """Raise CheckpointError where `path` is what `git clone` without Git LFS leaves in place of a large file."""
-    if len(first_bytes) <= _LFS_POINTER_MAX_BYTES and first_bytes.startswith(_LFS_POINTER):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder, "
-            "or fetch it with `glm4 download`"
-        )
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} stands twice")
-    return result
-
-
-def _decode(data: bytes, where: str | Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
 
 
 def _list_folder(path: Path, given: str) -> list[str]:

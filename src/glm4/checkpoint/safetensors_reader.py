@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
-from glm4.checkpoint.folder import ModelFolder, parse_json, refuse_lfs_pointer
+from glm4.checkpoint.folder import ModelFolder
 from glm4.errors import CheckpointError
+from glm4.files import parse_json, refuse_lfs_pointer
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
