@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers
 
 SHAPES: dict[str, dict[str, Any]] = {
     "biases, 2 KV heads": {"attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -69,3 +71,26 @@ def edit_json(file: Path, **changes: Any) -> None:
         else:
             content[key] = value
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+CONTROL_TOKENS = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+CHAT_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{% endfor %}<|assistant|>"
+)
+
+
+def write_tiny_chat(path: Path, **shape: Any) -> TinyCheckpoint:
+    """A tiny model that one can talk to: a tokenizer of single bytes, GLM-4's control tokens and its chat format.
+
+    What it says is noise, the same every time.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(CONTROL_TOKENS))
+    ends = [backend.token_to_id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    tiny = write_tiny(path, eos_token_id=ends, **shape)
+    backend.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return tiny

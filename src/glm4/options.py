@@ -199,7 +199,10 @@ def parse_option(option: Field[Any], value: Any) -> Any:
     Raises OptionError, naming the option.
     """
     if "parse" in option.metadata and value is not None:
-        return option.metadata["parse"](value)
+        try:
+            return option.metadata["parse"](value)
+        except OptionError as error:
+            raise OptionError(f"{option.name}: {error}") from error
     if str(option.type).startswith("tuple"):
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_parse_one(option, item) for item in items)

@@ -107,4 +107,4 @@ class MemoryPlan:
 
 def gib(size: int) -> str:
     """`size` bytes in GiB, for people."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -24,9 +24,9 @@ def rotary_frequencies(
     are slowed down by `factor`, those that turn more than `beta_fast` times are kept, and those between are
     blended linearly (YaRN, Peng et al. 2023, section 3.2).
     """
-    kept = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+    periods = theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
     if original_max_positions is None:
-        return kept
+        return 1.0 / periods
 
     def pair_that_turns(times: float) -> float:
         return dim * math.log(original_max_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -38,7 +38,7 @@ def rotary_frequencies(
     if low == high:
         high += 0.001  # a ramp of no width divides by zero
     slowed = ((torch.arange(dim // 2, dtype=torch.float) - low) / (high - low)).clamp(0, 1)
-    return kept / factor * slowed + kept * (1 - slowed)
+    return slowed / (factor * periods) + (1 - slowed) / periods
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -1,0 +1,58 @@
+"""Every row of docs/errors.md happens as it says: one line with that message, no traceback, that exit code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from error_cases import folders, machine, words
+from error_cases.bench import CASES, REPOSITORY, Bench, Row, read_rows
+from tiny import write_tiny_chat
+
+from glm4 import errors
+
+PAGE = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
+ROWS = read_rows(PAGE)
+LOADED = (folders, words, machine)  # registered their cases
+
+
+@pytest.fixture(scope="module")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_chat(tmp_path_factory.mktemp("tiny")).path
+
+
+@pytest.fixture
+def bench(tiny_chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bench:
+    shutil.copytree(tiny_chat, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for name in ("GLM4_MODEL", "GLM4_DEBUG", "WORLD_SIZE", "HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("glm4.device.available_devices", lambda: ["cpu"])
+    return Bench(tmp_path, monkeypatch, capfd)
+
+
+def test_every_row_has_one_case_and_every_case_a_row() -> None:
+    assert [row.what for row in ROWS] == list(dict.fromkeys(row.what for row in ROWS))
+    assert {row.what for row in ROWS} == set(CASES)
+    assert sum(line.startswith("| ") for line in PAGE.splitlines()) == len(ROWS) + len(
+        re.findall(r"(?m)^\| ---", PAGE)
+    ) * 2 + len(exit_codes())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
+def test_row(row: Row, bench: Bench) -> None:
+    ran = CASES[row.what](bench)
+    assert row.matches(ran.message), ran.message
+    assert ran.code == row.code
+
+
+def exit_codes() -> dict[int, str]:
+    """The list of exit codes on the page."""
+    return {int(code): meaning for code, meaning in re.findall(r"(?m)^\| (\d+) \| (.+) \|$", PAGE)}
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Glm4Error)]
+    assert set(exit_codes()) == {0, errors.INTERRUPTED, *(kind.exit_code for kind in classes)}
