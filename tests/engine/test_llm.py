@@ -1,0 +1,235 @@
+"""`LLM` from folder to words, on a tiny random model with a real tokenizer, against transformers' own model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TinyCheckpoint, edit_json, write_tiny_chat
+
+from glm4 import LLM, SamplingParams
+from glm4.engine.step import StepPlan, StepResult
+from glm4.errors import EngineError, MemoryPlanError, PromptError
+from glm4.options import EngineOptions
+
+QUESTIONS = ["请介绍一下北京", "What is the capital of France?", "你好", "三加五等于几？" * 9]
+FREE = SamplingParams(max_new_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    return write_tiny_chat(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: TinyCheckpoint) -> LLM:
+    return LLM(tiny.path)
+
+
+def ask(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def reference_greedy(tiny: TinyCheckpoint, llm: LLM, prompt: list[int], count: int) -> list[int]:
+    """transformers' greedy tokens, unknown ids masked, up to where its two best are too near to tell."""
+    unknown, tokens = llm.tokenizer.unknown_ids(llm.config.vocab_size), list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = tiny.theirs(torch.tensor([tokens])).logits[0, -1]
+        logits[unknown] = -torch.inf
+        best, second = logits.topk(2).values
+        if best - second < 1e-4:
+            break
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_answers_equal_transformers(tiny: TinyCheckpoint, llm: LLM) -> None:
+    for output in llm.chat([ask(question) for question in QUESTIONS], FREE):
+        expected = reference_greedy(tiny, llm, output.prompt_token_ids, 40)
+        assert len(expected) > 10
+        assert output.token_ids[: len(expected)] == expected
+        assert output.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_batch_tokens": 3},
+        {"max_batch_tokens": 17, "block_size": 5},
+        {"max_batch_requests": 1},
+        {"block_size": 1},
+        {"max_model_len": 250, "max_batch_requests": 2},
+    ],
+    ids=str,
+)
+def test_same_words_whatever_the_engine_is_set_to(tiny: TinyCheckpoint, llm: LLM, changes: dict[str, int]) -> None:
+    other = LLM(tiny.path, **changes)
+    for params in (FREE, replace(FREE, temperature=0.9, top_k=50, seed=5, repetition_penalty=1.2)):
+        alone = [llm.chat(ask(question), params)[0].token_ids for question in QUESTIONS]
+        together = [output.token_ids for output in other.chat([ask(question) for question in QUESTIONS], params)]
+        assert together == alone
+
+
+def test_same_words_after_preemption(tiny: TinyCheckpoint, llm: LLM) -> None:
+    """A pool too small for all at once; the engine must have taken blocks away and given them back."""
+    starved = LLM(tiny.path)
+    pool = starved.engine.scheduler.pool
+    pool.take(pool.num_free - 9)
+    seen_first_steps: list[int] = []
+    execute = starved.engine.runner.execute
+
+    def watch(plan: StepPlan) -> StepResult:
+        seen_first_steps.extend(step.request_id for step in plan.requests if step.sampling is not None)
+        return execute(plan)
+
+    starved.engine.runner.execute = watch  # type: ignore[method-assign]
+    params = replace(FREE, temperature=1.1, seed=3)
+    prompts = [[20 + i, 30, 40] for i in range(4)]
+    outputs = starved.generate(prompts, params)
+    assert len(seen_first_steps) > len(set(seen_first_steps)), "nothing was preempted"
+    assert [output.token_ids for output in outputs] == [llm.generate(p, params)[0].token_ids for p in prompts]
+    assert pool.num_free == 9
+
+
+def test_a_stream_is_the_answer_in_pieces(llm: LLM) -> None:
+    pieces = list(llm.stream(ask("你好"), FREE))
+    [whole] = llm.chat(ask("你好"), FREE)
+    assert "".join(piece.delta for piece in pieces) == whole.text == pieces[-1].text
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert pieces[-1].token_ids == whole.token_ids
+
+
+def test_leaving_a_stream_frees_its_blocks(llm: LLM) -> None:
+    pool = llm.engine.scheduler.pool
+    stream = llm.stream(ask("你好"), FREE)
+    next(stream)
+    assert pool.num_free < pool.num_blocks
+    stream.close()
+    assert pool.num_free == pool.num_blocks
+    assert not llm.engine.has_work
+
+
+def test_stop_strings_cut_the_text_and_name_themselves(llm: LLM) -> None:
+    [free] = llm.generate("abc", FREE)
+    stop = free.text[5:8]
+    [output] = llm.generate("abc", replace(FREE, stop=(stop, "never said")))
+    assert output.text == free.text[: free.text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert output.token_ids == free.token_ids[: len(output.token_ids)]
+
+
+def test_stop_ids_end_the_answer_and_are_not_part_of_it(llm: LLM) -> None:
+    [free] = llm.generate("abc", FREE)
+    token = free.token_ids[9]
+    [output] = llm.generate("abc", replace(FREE, stop_token_ids=(token,)))
+    first = free.token_ids.index(token)
+    assert output.token_ids == free.token_ids[:first]
+    assert (output.finish_reason, output.stop_reason) == ("stop", token)
+    [later] = llm.generate("abc", replace(FREE, stop_token_ids=(token,), min_new_tokens=15))
+    assert len(later.token_ids) >= 15
+    assert token not in later.token_ids[:15]
+
+
+def test_any_of_the_models_end_tokens_ends_an_answer(tiny: TinyCheckpoint, llm: LLM, tmp_path: Path) -> None:
+    [free] = llm.generate("abc", FREE)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny.path.iterdir():
+        (folder / file.name).symlink_to(file)
+    for position in (3, 8):
+        end = free.token_ids[position]
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
+        edit_json(folder / "config.json", eos_token_id=[0, end])
+        [output] = LLM(folder).generate("abc", SamplingParams(max_new_tokens=40))
+        assert output.token_ids == free.token_ids[: free.token_ids.index(end)]
+        assert output.finish_reason == "stop"
+
+
+def test_logprobs_equal_transformers(tiny: TinyCheckpoint, llm: LLM) -> None:
+    [output] = llm.generate("hello", replace(FREE, max_new_tokens=6, logprobs=3, temperature=0.8, seed=1))
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    with torch.no_grad():
+        logits = tiny.theirs(torch.tensor([output.prompt_token_ids + output.token_ids])).logits[0]
+    logits[:, llm.tokenizer.unknown_ids(llm.config.vocab_size)] = -torch.inf
+    expected = logits[len(output.prompt_token_ids) - 1 : -1].log_softmax(-1)
+    for entry, row in zip(output.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_requests_without_a_seed_differ_and_the_engines_seed_repeats_them(tiny: TinyCheckpoint) -> None:
+    params = replace(FREE, temperature=2.0)
+    first, second = (
+        [output.token_ids for output in LLM(tiny.path, seed=4).generate(["abc", "abc"], params)] for _ in range(2)
+    )
+    assert first == second
+    assert first[0] != first[1]
+
+
+def test_an_answer_may_fill_the_context_but_not_more(tiny: TinyCheckpoint) -> None:
+    llm = LLM(tiny.path, max_model_len=50)
+    [output] = llm.generate([5] * 30, SamplingParams(ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason) == (20, "length")
+    with pytest.raises(PromptError, match="the prompt has 50 tokens and prompt plus answer may have 50"):
+        llm.generate([5] * 50)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "the prompt is empty"), ("", "the prompt is empty"), ([-1], "outside 0"), ([10**6], "outside 0")],
+)
+def test_prompts_that_are_refused(llm: LLM, prompt: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        llm.generate([prompt])
+    assert not llm.engine.has_work
+
+
+def test_one_bad_prompt_of_several_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(PromptError):
+        llm.generate([[5, 6], []])
+    assert not llm.engine.has_work
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+
+
+def test_a_request_beyond_the_kv_cache_is_refused(tiny: TinyCheckpoint) -> None:
+    llm = LLM(tiny.path)
+    with pytest.raises(MemoryPlanError, match="the KV cache holds"):
+        llm.engine.scheduler.pool.num_blocks = 4
+        llm.generate([5] * 60, FREE)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_loads(tiny: TinyCheckpoint) -> None:
+    with pytest.raises(MemoryPlanError, match="may be used"):
+        LLM(EngineOptions(model=str(tiny.path), max_device_memory=100_000))
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(tiny: TinyCheckpoint) -> None:
+    llm = LLM(tiny.path)
+    execute = llm.engine.runner.execute
+    calls = iter([False, True])
+
+    def fail_once(plan: StepPlan) -> StepResult:
+        if next(calls, False):
+            raise RuntimeError("the card fell out")
+        return execute(plan)
+
+    llm.engine.runner.execute = fail_once  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="the step failed: RuntimeError: the card fell out"):
+        llm.generate(["abc", "def"], FREE)
+    assert not llm.engine.has_work
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    [output] = llm.generate("abc", FREE)
+    assert len(output.token_ids) == 40
+
+
+def test_statistics_count_every_token(llm: LLM) -> None:
+    outputs = llm.generate([[5] * 7, [6] * 9], replace(FREE, max_new_tokens=4))
+    assert llm.last_stats.prefill_tokens == 16
+    assert llm.last_stats.decode_tokens == sum(len(output.token_ids) - 1 for output in outputs) == 6
+    assert llm.last_stats.prefill_seconds > 0
+    assert llm.last_stats.decode_seconds > 0
