@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is first imported
+settings.register_profile("glm4", deadline=None)  # machines that run tests are busy; no test measures time
+settings.load_profile("glm4")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -35,7 +35,7 @@ def logits_of(seed: int) -> torch.Tensor:
 tokens = st.lists(st.integers(0, VOCAB - 1), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 10_000),
     prompt=tokens.filter(bool),
@@ -89,7 +89,7 @@ def test_distribution_equals_transformers(
 
 
 @given(answer=st.lists(st.integers(0, 5), max_size=10), presence=st.floats(-2, 2), frequency=st.floats(-2, 2))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_presence_and_frequency_follow_openais_formula(answer: list[int], presence: float, frequency: float) -> None:
     row = logits_of(1)
     params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)

@@ -90,7 +90,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     arrivals=arrivals,
     block_size=st.integers(1, 8),

@@ -7,13 +7,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from glm4.text.tokenizer import Tokenizer
-
-settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
-settings.load_profile("untimed")
 
 CONTROL_TOKENS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 CORPUS = [
