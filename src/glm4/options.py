@@ -120,6 +120,7 @@ class EngineOptions:
     max_batch_tokens: int = _option(2048, "tokens computed in one step at most", low=1)
     max_batch_requests: int = _option(64, "requests running side by side at most", low=1)
     block_size: int = _option(16, "tokens in one block of the KV cache", low=1)
+    prefix_caching: bool = _option(True, "let prompts that begin alike share what was computed for one of them")
     threads: int | None = _option(None, "CPU threads; none: one for each core", low=1)
     seed: int | None = _option(None, "seed of requests that bring none of their own", low=0)
 

@@ -38,30 +38,30 @@ class CheckingRunner:
 
     def __init__(self, num_blocks: int, block_size: int, max_tokens: int) -> None:
         self.num_blocks, self.block_size, self.max_tokens = num_blocks, block_size, max_tokens
-        self.memory: dict[int, tuple[int, int, int]] = {}
-        self.introduced: set[int] = set()
+        self.memory: dict[int, tuple[int, ...]] = {}
+        """What a token's keys and values depend on: itself and all tokens before it."""
+        self.introduced: dict[int, list[int]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.version == PLAN_VERSION
         assert 0 < sum(len(step.token_ids) for step in plan.requests) <= self.max_tokens
-        held = [block for step in plan.requests for block in step.block_ids]
-        assert len(held) == len(set(held)), "two requests share a block"
+        written = [self.slot(step, step.start + i) for step in plan.requests for i in range(len(step.token_ids))]
+        assert len(written) == len(set(written)), "two requests write to one place"
         for request_id in plan.finished_ids:
-            self.introduced.discard(request_id)
+            self.introduced.pop(request_id, None)
         results = {}
         for step in plan.requests:
             if step.sampling is not None:
-                assert step.start == 0
-                self.introduced.add(step.request_id)
-            assert step.request_id in self.introduced
-            for offset, token in enumerate(step.token_ids):
-                position = step.start + offset
-                self.memory[self.slot(step, position)] = (step.request_id, position, token)
-            context = []
-            for position in range(step.start + len(step.token_ids)):
-                owner, stored_position, token = self.memory[self.slot(step, position)]
-                assert (owner, stored_position) == (step.request_id, position), "the cache was overwritten"
-                context.append(token)
+                assert len(step.earlier_token_ids) == step.start
+                self.introduced[step.request_id] = list(step.earlier_token_ids)
+            history = self.introduced[step.request_id]
+            assert len(history) >= step.start
+            context = history[: step.start] + step.token_ids
+            self.introduced[step.request_id] = context
+            for position in range(step.start, len(context)):
+                self.memory[self.slot(step, position)] = tuple(context[: position + 1])
+            for position in range(len(context)):
+                assert self.memory[self.slot(step, position)] == tuple(context[: position + 1]), "not its own past"
             if step.logits_at:
                 assert step.logits_at == [len(step.token_ids) - 1]
                 results[step.request_id] = RequestResult([next_token(context)])
@@ -81,7 +81,7 @@ def request(number: int, prompt: list[int], new_tokens: int) -> Request:
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 20),  # the step at which it comes
-        st.lists(st.integers(1, 11), min_size=1, max_size=30),
+        st.lists(st.integers(1, 2), min_size=1, max_size=30),  # few tokens, so that many prompts begin alike
         st.integers(1, 30),
         st.one_of(st.none(), st.integers(0, 15)),  # steps until its caller goes away
     ),
@@ -97,6 +97,7 @@ arrivals = st.lists(
     spare_blocks=st.integers(0, 20),
     max_tokens=st.integers(1, 40),
     max_requests=st.integers(1, 6),
+    prefix_caching=st.booleans(),
 )
 def test_every_request_gets_its_own_answer(
     arrivals: list[tuple[int, list[int], int, int | None]],
@@ -104,11 +105,12 @@ def test_every_request_gets_its_own_answer(
     spare_blocks: int,
     max_tokens: int,
     max_requests: int,
+    prefix_caching: bool,
 ) -> None:
     """Whatever arrives, leaves, and however little memory there is: the same tokens as alone, and no block is lost."""
     largest = max(len(prompt) + new for _, prompt, new, _ in arrivals)
     pool = BlockPool(-(-largest // block_size) + spare_blocks, block_size)
-    scheduler = Scheduler(pool, max_tokens, max_requests)
+    scheduler = Scheduler(pool, max_tokens, max_requests, prefix_caching)
     runner = CheckingRunner(pool.num_blocks, block_size, max_tokens)
     requests = {number: request(number, prompt, new) for number, (_, prompt, new, _) in enumerate(arrivals)}
     added: set[int] = set()
@@ -126,9 +128,8 @@ def test_every_request_gets_its_own_answer(
             scheduler.update(plan, runner.execute(plan))
         elif len(added) == len(arrivals):
             break
-        blocks = [block for r in requests.values() for block in r.block_ids]
-        assert len(blocks) == len(set(blocks))
-        assert pool.num_free + len(blocks) == pool.num_blocks
+        held = {block for r in requests.values() for block in r.block_ids}
+        assert pool.num_free + len(held) == pool.num_blocks
         assert len(scheduler.running) <= max_requests
     assert not scheduler.has_work, "a request starved"
     assert pool.num_free == pool.num_blocks
@@ -174,6 +175,27 @@ def test_the_youngest_gives_way_and_the_oldest_never_does() -> None:
         order += [r.request_id for r in scheduler.update(plan, runner.execute(plan)) if r.finish_reason]
     assert order == [0, 1]
     assert [r.token_ids[3:] for r in requests] == [answer_alone([5, 5, 5], 12)] * 2
+
+
+def test_prompts_that_begin_alike_share_blocks() -> None:
+    """The second computes only what differs, and the last token at least; the oldest unused blocks go first."""
+    pool = BlockPool(8, 2)
+    scheduler, runner = Scheduler(pool, 50, 4), CheckingRunner(8, 2, 50)
+
+    def computed(number: int, prompt: list[int]) -> int:
+        scheduler.add(request(number, prompt, 1))
+        plan = scheduler.plan()
+        scheduler.update(plan, runner.execute(plan))
+        return len(plan.requests[0].token_ids)
+
+    assert computed(0, [1, 2, 3, 4, 5]) == 5
+    assert computed(1, [1, 2, 3, 4, 6]) == 1
+    assert computed(2, [1, 2, 3, 4]) == 2
+    assert computed(3, [9, 2, 3, 4]) == 4  # the same tokens after another beginning are not the same
+    assert (scheduler.stats.queried_tokens, scheduler.stats.hit_tokens) == (18, 6)
+    assert computed(4, [7] * 15) == 15  # takes every block
+    assert computed(5, [1, 2, 3, 4, 5]) == 5
+    assert pool.num_free == 8
 
 
 def test_a_plan_survives_a_process_border() -> None:

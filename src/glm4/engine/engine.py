@@ -69,7 +69,10 @@ class Engine:
         self.runner, self.tokenizer, self.defaults = runner, tokenizer, defaults
         self.eos_token_ids, self.max_model_len = tuple(eos_token_ids), max_model_len
         self.scheduler = Scheduler(
-            BlockPool(runner.num_blocks, runner.block_size), options.max_batch_tokens, options.max_batch_requests
+            BlockPool(runner.num_blocks, runner.block_size),
+            options.max_batch_tokens,
+            options.max_batch_requests,
+            options.prefix_caching,
         )
         self.stats = EngineStats()
         self._answers: dict[int, _Answer] = {}

@@ -25,6 +25,10 @@ class Request:
     num_computed: int = 0
     """How many of its tokens have their keys and values in the cache."""
     block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+    """How many of its blocks are full and can be found by others."""
+    identity: int = 0
+    """The block pool's name for what the published blocks hold."""
     known_to_runner: bool = False
     """The runner has its sampling parameters, and history, from an earlier step."""
     finish_reason: FinishReason | None = None

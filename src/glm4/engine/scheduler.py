@@ -7,6 +7,7 @@ When blocks run out, the youngest request gives up its own and computes its toke
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import FinishReason, Request
@@ -14,12 +15,23 @@ from glm4.engine.step import RequestStep, StepPlan, StepResult
 from glm4.errors import MemoryPlanError
 
 
+@dataclass(slots=True)
+class CacheStats:
+    """Tokens of admitted requests, and how many of them were in the KV cache already."""
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+
+
 class Scheduler:
     """First come, first served."""
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_batch_requests: int) -> None:
-        self.pool = pool
+    def __init__(
+        self, pool: BlockPool, max_batch_tokens: int, max_batch_requests: int, prefix_caching: bool = True
+    ) -> None:
+        self.pool, self.prefix_caching = pool, prefix_caching
         self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
+        self.stats = CacheStats()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """Oldest first."""
@@ -54,7 +66,7 @@ class Scheduler:
                 budget -= count
         while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
             request = self.waiting[0]
-            if self.pool.blocks_for(len(request.token_ids)) > self.pool.num_free:
+            if not self._admit(request):
                 break
             self.running.append(self.waiting.popleft())
             count = min(request.num_pending, budget)
@@ -63,6 +75,19 @@ class Scheduler:
             budget -= count
         finished, self._finished_ids = self._finished_ids, []
         return StepPlan(steps, finished_ids=finished)
+
+    def _admit(self, request: Request) -> bool:
+        """Hold the blocks that already have the beginning of `request`; False when the rest has no room now."""
+        prefix = self.pool.find_prefix(request.token_ids if self.prefix_caching else [])
+        if self.pool.blocks_for(len(request.token_ids)) - len(prefix.blocks) > prefix.num_free_beside:
+            return False
+        self.pool.share(prefix.blocks)
+        request.block_ids = list(prefix.blocks)
+        request.num_published, request.identity = len(prefix.blocks), prefix.identity
+        request.num_computed = len(prefix.blocks) * self.pool.block_size
+        self.stats.queried_tokens += len(request.token_ids)
+        self.stats.hit_tokens += request.num_computed
+        return True
 
     def _make_room(self, request: Request, count: int) -> bool:
         """Blocks for `count` more tokens of `request`; False when it had to give up its own."""
@@ -95,6 +120,7 @@ class Scheduler:
             block_ids=list(request.block_ids),
             logits_at=[count - 1] if count == request.num_pending else [],
             sampling=request.sampling if first_time else None,
+            earlier_token_ids=request.token_ids[:start] if first_time else [],
             prompt_len=request.prompt_len if first_time else 0,
         )
 
@@ -107,6 +133,7 @@ class Scheduler:
             if request is None:  # aborted while the step ran
                 continue
             request.num_computed += len(step.token_ids)
+            self._publish(request)
             if step.request_id in result.results:
                 request.token_ids += result.results[step.request_id].token_ids
                 progressed.append(request)
@@ -114,6 +141,14 @@ class Scheduler:
                 if reason:
                     self.finish(request, reason)
         return progressed
+
+    def _publish(self, request: Request) -> None:
+        """Let others find the blocks of `request` that this step filled."""
+        size = self.pool.block_size
+        for number in range(request.num_published, request.num_computed // size if self.prefix_caching else 0):
+            tokens = request.token_ids[number * size : (number + 1) * size]
+            request.identity = self.pool.publish(request.block_ids[number], tokens, request.identity)
+            request.num_published += 1
 
     @staticmethod
     def _reason_to_end(request: Request) -> FinishReason | None:

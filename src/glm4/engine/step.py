@@ -27,6 +27,8 @@ class RequestStep:
     want_hidden_states: bool = False
     sampling: SamplingParams | None = None
     """Sent with the request's first step, and again after a preemption; every value filled in but the limits."""
+    earlier_token_ids: list[int] = field(default_factory=list)
+    """Sent with `sampling`: the tokens before `start`, whose keys and values were found in the cache."""
     prompt_len: int = 0
     """Sent with `sampling`: how many of the request's tokens are its prompt (penalties tell them apart)."""
 

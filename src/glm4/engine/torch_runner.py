@@ -42,7 +42,7 @@ class TorchRunner:
 
     def _remember(self, step: RequestStep) -> None:
         if step.sampling is not None:
-            self._states[step.request_id] = SamplingState(step.sampling, step.prompt_len)
+            self._states[step.request_id] = SamplingState(step.sampling, step.prompt_len, list(step.earlier_token_ids))
         self._states[step.request_id].token_ids[step.start :] = step.token_ids
 
     def _compute(self, steps: list[RequestStep]) -> dict[int, RequestResult]:
