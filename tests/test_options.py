@@ -102,7 +102,14 @@ def test_what_the_caller_says_counts_more(
     params = SamplingParams(**said).over(folder)
     for name, value in expected.items():
         assert getattr(params, name) == value, name
-    may_be_open = ("max_new_tokens", "seed", "logprobs", "temperature" if not params.do_sample else "")
+    may_be_open = (
+        "max_new_tokens",
+        "seed",
+        "logprobs",
+        "prompt_logprobs",
+        "best_of",
+        "temperature" if not params.do_sample else "",
+    )
     assert all(getattr(params, f.name) is not None for f in fields(params) if f.name not in may_be_open)
 
 

@@ -7,6 +7,7 @@ The command line, the YAML files, the Python API and the docs derive from these 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -20,6 +21,19 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
+
+
+def _parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) pairs from an object or its JSON text, as OpenAI's API writes them."""
+    try:
+        entries = json.loads(value) if isinstance(value, str) else value
+        pairs = entries.items() if isinstance(entries, Mapping) else entries
+        bias = tuple(sorted((int(token_id), float(amount)) for token_id, amount in pairs))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f'{value!r} is no object of token ids and numbers: write it like {{"123": -5}}') from error
+    if not all(token_id >= 0 and -100 <= amount <= 100 for token_id, amount in bias):
+        raise OptionError("token ids are at least 0, and a bias is between -100 and 100")
+    return bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer, beside the folder's own", low=0)
     ignore_eos: bool | None = _option(None, "go on past the model's own end of answer")
     seed: int | None = _option(None, "same seed, same words, whatever else runs beside it", low=0)
+    logit_bias: tuple[tuple[int, float], ...] = _option(
+        (), 'added to the logits of these token ids, as JSON: {"123": -5}', parse=_parse_logit_bias
+    )
+    n: int | None = _option(None, "answers to one prompt", low=1, high=128)
+    best_of: int | None = _option(None, "answers to draw, of which the n likeliest are kept", low=1, high=128)
+    prompt_logprobs: int | None = _option(
+        None, "log-probabilities of this many likeliest tokens at each position of the prompt", low=0, high=20
+    )
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step", low=0, high=20)
     skip_special_tokens: bool | None = _option(None, "leave control tokens out of the text")
 
@@ -62,11 +84,15 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.logit_bias, tuple):
+            object.__setattr__(self, "logit_bias", _parse_logit_bias(self.logit_bias))
         _check_ranges(self)
         if "" in self.stop:
             raise OptionError("stop: an empty text would end every answer at once; leave it out")
         if self.do_sample and self.temperature == 0:
             raise OptionError("temperature 0 means greedy: raise it, or set do_sample to false")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise OptionError(f"best_of {self.best_of} is below n {self.n or 1}: draw at least as many as are kept")
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These values where they are said, `defaults` elsewhere.
@@ -120,6 +146,9 @@ class EngineOptions:
     max_batch_tokens: int = _option(2048, "tokens computed in one step at most", low=1)
     max_batch_requests: int = _option(64, "requests running side by side at most", low=1)
     block_size: int = _option(16, "tokens in one block of the KV cache", low=1)
+    speculative_tokens: int = _option(
+        0, "tokens to guess in each step from what the text said before; answers stay the same; 0: none", low=0, high=16
+    )
     prefix_caching: bool = _option(True, "let prompts that begin alike share what was computed for one of them")
     threads: int | None = _option(None, "CPU threads; none: one for each core", low=1)
     seed: int | None = _option(None, "seed of requests that bring none of their own", low=0)
@@ -139,6 +168,8 @@ def _check_ranges(options: SamplingParams | EngineOptions) -> None:
             continue
         if "choices" in limits and value not in limits["choices"]:
             raise OptionError(f"{option.name}: {value!r} is none of {', '.join(limits['choices'])}")
+        if option.name == "logit_bias":  # checked where it is parsed
+            continue
         for number in value if isinstance(value, tuple) else (value,):
             _check_type(option, number)
             low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
@@ -259,5 +290,6 @@ GREEDY = SamplingParams(
     frequency_penalty=0.0,
     ignore_eos=False,
     skip_special_tokens=True,
+    n=1,
 )
 """What holds where neither the caller nor the folder says anything."""

@@ -233,3 +233,79 @@ def test_statistics_count_every_token(llm: LLM) -> None:
     assert llm.last_stats.decode_tokens == sum(len(output.token_ids) - 1 for output in outputs) == 6
     assert llm.last_stats.prefill_seconds > 0
     assert llm.last_stats.decode_seconds > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_speculation_changes_nothing_but_the_number_of_steps(
+    tiny: TinyCheckpoint, llm: LLM, temperature: float
+) -> None:
+    """A text that repeats itself, so that drafts are confirmed; greedy and drawn tokens alike."""
+    params = replace(FREE, max_new_tokens=150, temperature=temperature, seed=2, logprobs=1)
+    prompts = [[9, 8, 7, 6] * 8, [30, 31, 32], [5] * 20]
+    plain = llm.generate(prompts, params)
+    eager = LLM(tiny.path, speculative_tokens=5)
+    steps = 0
+    execute = eager.engine.runner.execute
+
+    def count(plan: StepPlan) -> StepResult:
+        nonlocal steps
+        steps += 1
+        return execute(plan)
+
+    eager.engine.runner.execute = count  # type: ignore[method-assign]
+    drafted = eager.generate(prompts, params)
+    assert [output.token_ids for output in drafted] == [output.token_ids for output in plain]
+    for ours, theirs in zip(drafted, plain, strict=True):
+        assert [e.logprob for e in ours.logprobs] == pytest.approx([e.logprob for e in theirs.logprobs], abs=1e-4)
+    if temperature == 0:
+        assert steps < 150, "no draft was confirmed"
+    assert eager.engine.scheduler.pool.num_free == eager.engine.scheduler.pool.num_blocks
+
+
+def test_several_answers_to_one_prompt(llm: LLM) -> None:
+    """Each is what its own seed gives; the prompt is computed once."""
+    params = replace(FREE, temperature=1.5, seed=10)
+    outputs = llm.generate([[7] * 50, [8] * 3], replace(params, n=3))
+    assert len(outputs) == 6
+    for number, output in enumerate(outputs):
+        [alone] = llm.generate(output.prompt_token_ids, replace(params, seed=10 + number % 3))
+        assert output.token_ids == alone.token_ids
+
+
+def test_best_of_keeps_the_likeliest(llm: LLM) -> None:
+    params = replace(FREE, temperature=1.5, seed=10, logprobs=0)
+    drawn = llm.generate([[7] * 5], replace(params, n=6))
+    means = [sum(e.logprob for e in output.logprobs) / len(output.logprobs) for output in drawn]
+    best = llm.generate([[7] * 5], replace(params, n=2, best_of=6, logprobs=None))
+    ranked = sorted(range(6), key=lambda i: -means[i])[:2]
+    assert [output.token_ids for output in best] == [drawn[i].token_ids for i in ranked]
+
+
+@pytest.mark.parametrize("max_batch_tokens", [2048, 7])
+def test_prompt_logprobs_equal_transformers(tiny: TinyCheckpoint, max_batch_tokens: int) -> None:
+    llm = LLM(tiny.path, max_batch_tokens=max_batch_tokens)
+    prompt = [40 + i % 17 for i in range(100)]
+    for _ in range(2):  # the second time, nothing may be missing because the prompt is cached
+        [output] = llm.generate([prompt], replace(FREE, max_new_tokens=2, prompt_logprobs=2))
+        assert [entry.token_id for entry in output.prompt_logprobs] == prompt[1:]
+    with torch.no_grad():
+        logits = tiny.theirs(torch.tensor([prompt])).logits[0, :-1]
+    logits[:, llm.tokenizer.unknown_ids(llm.config.vocab_size)] = -torch.inf
+    for entry, row in zip(output.prompt_logprobs, logits.log_softmax(-1), strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()
+
+
+def test_a_prompt_seen_before_is_not_computed_again(tiny: TinyCheckpoint, llm: LLM) -> None:
+    prompt = [11 + i % 50 for i in range(200)]
+    fresh = LLM(tiny.path)
+    first = fresh.generate([prompt], FREE)
+    assert fresh.last_stats.prefill_tokens == 200
+    again = fresh.generate([prompt], replace(FREE, temperature=0.5, repetition_penalty=1.3, seed=4))
+    assert fresh.last_stats.prefill_tokens == 200 - 192
+    assert first[0].token_ids == llm.generate([prompt], FREE)[0].token_ids
+    uncached = LLM(tiny.path, prefix_caching=False)
+    for _ in range(2):
+        same = uncached.generate([prompt], replace(FREE, temperature=0.5, repetition_penalty=1.3, seed=4))
+        assert uncached.last_stats.prefill_tokens == 200
+    assert again[0].token_ids == same[0].token_ids

@@ -22,7 +22,7 @@ STOP = 0
 
 def next_token(context: list[int]) -> int:
     """A language model: the next token is a function of all tokens so far."""
-    return random.Random(str(context)).randrange(12)
+    return random.Random(str(context)).randrange(12)  # STOP is one of them
 
 
 def answer_alone(prompt: list[int], max_len: int) -> list[int]:
@@ -63,14 +63,29 @@ class CheckingRunner:
             for position in range(len(context)):
                 assert self.memory[self.slot(step, position)] == tuple(context[: position + 1]), "not its own past"
             if step.logits_at:
-                assert step.logits_at == [len(step.token_ids) - 1]
-                results[step.request_id] = RequestResult([next_token(context)])
+                assert step.token_ids[len(step.token_ids) - len(step.draft_token_ids) :] == step.draft_token_ids
+                assert len(step.logits_at) == len(step.draft_token_ids) + 1
+                assert step.logits_at[-1] == len(step.token_ids) - 1
+                picked: list[int] = []
+                for index, draft in zip(step.logits_at, [*step.draft_token_ids, None], strict=True):
+                    picked.append(next_token(context[: step.start + index + 1]))
+                    if picked[-1] != draft:
+                        break
+                results[step.request_id] = RequestResult(picked)
         return StepResult(results)
 
     def slot(self, step: RequestStep, position: int) -> int:
         block = step.block_ids[position // self.block_size]
         assert 0 <= block < self.num_blocks
         return block * self.block_size + position % self.block_size
+
+
+def guess(request: Request, step: int) -> list[int]:
+    """Up to 4 tokens of what comes next, some of them wrong, never beyond the request's end."""
+    draw = random.Random(step * 100 + request.request_id)
+    right = answer_alone(request.token_ids, request.max_len)[: draw.randrange(5)]
+    drafts = [token if draw.random() < 0.8 else draw.randrange(12) for token in right]
+    return drafts[: request.max_len - len(request.token_ids) - 1]
 
 
 def request(number: int, prompt: list[int], new_tokens: int) -> Request:
@@ -98,6 +113,7 @@ arrivals = st.lists(
     max_tokens=st.integers(1, 40),
     max_requests=st.integers(1, 6),
     prefix_caching=st.booleans(),
+    speculate=st.booleans(),
 )
 def test_every_request_gets_its_own_answer(
     arrivals: list[tuple[int, list[int], int, int | None]],
@@ -106,6 +122,7 @@ def test_every_request_gets_its_own_answer(
     max_tokens: int,
     max_requests: int,
     prefix_caching: bool,
+    speculate: bool,
 ) -> None:
     """Whatever arrives, leaves, and however little memory there is: the same tokens as alone, and no block is lost."""
     largest = max(len(prompt) + new for _, prompt, new, _ in arrivals)
@@ -124,6 +141,8 @@ def test_every_request_gets_its_own_answer(
                     continue
                 scheduler.finish(requests[number], "abort")
         if scheduler.has_work:
+            for running in scheduler.running:
+                running.draft_token_ids = guess(running, step) if speculate else []
             plan = scheduler.plan()
             scheduler.update(plan, runner.execute(plan))
         elif len(added) == len(arrivals):
@@ -196,6 +215,35 @@ def test_prompts_that_begin_alike_share_blocks() -> None:
     assert computed(4, [7] * 15) == 15  # takes every block
     assert computed(5, [1, 2, 3, 4, 5]) == 5
     assert pool.num_free == 8
+
+
+def test_lower_priorities_wait_and_give_way() -> None:
+    scheduler = Scheduler(BlockPool(4, 4), max_batch_tokens=20, max_batch_requests=1)
+    order = []
+    for number, priority in enumerate([5, 1, 5, 0]):
+        each = request(number, [3, 3, 3], 4)
+        each.priority = priority
+        scheduler.add(each)
+    runner = CheckingRunner(4, 4, 20)
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        order += [r.request_id for r in scheduler.update(plan, runner.execute(plan)) if r.finish_reason]
+    assert order == [3, 1, 0, 2]
+
+
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    scheduler, runner = Scheduler(BlockPool(20, 2), 50, 4), CheckingRunner(20, 2, 50)
+    first, second = request(0, [1, 2, 3, 4, 5], 3), request(1, [1, 2, 3, 4, 5], 3)
+    second.after = first
+    scheduler.add(first)
+    scheduler.add(second)
+    computed = 0
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        computed += sum(min(len(step.token_ids), max(0, 5 - step.start)) for step in plan.requests)
+        scheduler.update(plan, runner.execute(plan))
+    assert computed == 5 + 1
+    assert first.token_ids == second.token_ids
 
 
 def test_a_plan_survives_a_process_border() -> None:

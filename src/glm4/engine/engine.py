@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
+from glm4.engine.speculative import PromptLookup, Speculator
 from glm4.engine.step import Runner, StepPlan, StepResult, TokenLogprobs
 from glm4.errors import EngineError, Glm4Error, PromptError
 from glm4.options import EngineOptions, SamplingParams
@@ -27,14 +28,13 @@ class EngineStats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
 
-    def add(self, plan: StepPlan, seconds: float) -> None:
+    def add(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """Count one executed step."""
-        computed = sum(len(step.token_ids) for step in plan.requests)
-        if computed == len(plan.requests) and all(step.start > 0 for step in plan.requests):
-            self.decode_tokens += computed
+        if all(step.start > 0 and step.logits_at[:1] == [0] for step in plan.requests):
+            self.decode_tokens += sum(len(each.token_ids) for each in result.results.values())
             self.decode_seconds += seconds
         else:
-            self.prefill_tokens += computed
+            self.prefill_tokens += sum(len(step.token_ids) for step in plan.requests)
             self.prefill_seconds += seconds
 
 
@@ -50,6 +50,7 @@ class _Answer:
     num_read: int = 0
     """Generated tokens already turned into words."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_reason: str | int | None = None
 
 
@@ -74,6 +75,8 @@ class Engine:
             options.max_batch_requests,
             options.prefix_caching,
         )
+        drafts = options.speculative_tokens
+        self._speculator = Speculator(PromptLookup(), drafts) if drafts else None
         self.stats = EngineStats()
         self._answers: dict[int, _Answer] = {}
         self._ids = itertools.count()
@@ -84,23 +87,36 @@ class Engine:
         """Some request has not ended yet."""
         return self.scheduler.has_work
 
-    def add(self, prompt_token_ids: list[int], sampling: SamplingParams | None = None, *, chat: bool = False) -> int:
+    def add(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        priority: int = 0,
+        choice: int = 0,
+        after: int | None = None,
+    ) -> int:
         """Queue a prompt and return the request's id.
 
         `chat`: the prompt came through the chat template, so the newline that begins an ordinary answer is not
-        part of it. Raises PromptError for a prompt that is empty, too long, or holds an id that is no token's,
-        and MemoryPlanError for one that the KV cache can never hold.
+        part of it. Lower priorities are served first. `choice` numbers several answers to one prompt, and `after`
+        is the request of the first of them, which computes the prompt for all.
+        Raises PromptError for a prompt that is empty, too long, or holds an id that is no token's, and
+        MemoryPlanError for one that the KV cache can never hold.
         """
         self._check_prompt(prompt_token_ids)
         request_id = next(self._ids)
         params = (sampling or SamplingParams()).over(self.defaults)
-        if params.seed is None:
-            params = replace(params, seed=self._seed + request_id)
+        seed = self._seed + request_id if params.seed is None else params.seed + choice
+        params = replace(params, seed=seed)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.eos_token_ids))
         prompt_len = len(prompt_token_ids)
         max_len = min(self.max_model_len, prompt_len + (params.max_new_tokens or self.max_model_len))
-        request = Request(request_id, list(prompt_token_ids), prompt_len, params, max_len)
+        request = Request(request_id, list(prompt_token_ids), prompt_len, params, max_len, priority)
+        if after in self._answers:
+            request.after = self._answers[after].request
         self.scheduler.add(request)
         detokenizer = Detokenizer(self.tokenizer, bool(params.skip_special_tokens), params.stop)
         self._answers[request_id] = _Answer(request, detokenizer, at_start=chat)
@@ -122,6 +138,8 @@ class Engine:
 
         Raises EngineError when the runner fails; every request is ended then, its blocks free.
         """
+        if self._speculator is not None:
+            self._speculator.prepare(self.scheduler.running)
         plan = self.scheduler.plan()
         started = time.perf_counter()
         try:
@@ -131,7 +149,12 @@ class Engine:
             if isinstance(error, Glm4Error):
                 raise
             raise EngineError(f"the step failed: {type(error).__name__}: {error}") from error
-        self.stats.add(plan, time.perf_counter() - started)
+        self.stats.add(plan, result, time.perf_counter() - started)
+        if self._speculator is not None:
+            self._speculator.learn(plan, result)
+        for step in plan.requests:
+            if step.prompt_targets and step.request_id in self._answers:
+                self._answers[step.request_id].prompt_logprobs += result.results[step.request_id].prompt_logprobs
         return [self._output(request, result) for request in self.scheduler.update(plan, result)]
 
     def _output(self, request: Request, result: StepResult) -> RequestOutput:
@@ -144,7 +167,7 @@ class Engine:
                 self.scheduler.finish(request, "stop")
             request.finish_reason = "stop"
         if request.finish_reason is not None:
-            del self._answers[request.request_id]
+            self._forget(request.request_id)
         answer.text += delta
         kept = request.prompt_len + answer.num_read
         return RequestOutput(
@@ -156,6 +179,7 @@ class Engine:
             finish_reason=request.finish_reason,
             stop_reason=answer.stop_reason,
             logprobs=answer.logprobs[: answer.num_read],
+            prompt_logprobs=answer.prompt_logprobs,
         )
 
     def _new_words(self, answer: _Answer) -> str:
@@ -178,6 +202,11 @@ class Engine:
     def abort(self, *request_ids: int) -> None:
         """End requests at once and free their blocks; ids that have ended already are ignored."""
         for request_id in request_ids:
-            answer = self._answers.pop(request_id, None)
-            if answer is not None:
-                self.scheduler.finish(answer.request, "abort")
+            if request_id in self._answers:
+                self.scheduler.finish(self._answers[request_id].request, "abort")
+                self._forget(request_id)
+
+    def _forget(self, request_id: int) -> None:
+        del self._answers[request_id]
+        if self._speculator is not None:
+            self._speculator.forget([request_id])

@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -126,7 +128,7 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None
     ) -> list[RequestOutput]:
-        """Continue raw prompts, texts or token ids, all side by side; one output each, in order.
+        """Continue raw prompts, texts or token ids, all side by side; `n` outputs each, in order.
 
         Raises PromptError or MemoryPlanError for a prompt that cannot be served, before anything runs.
         """
@@ -139,7 +141,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several, all side by side; one output each, in order."""
+        """Answer one conversation (a list of messages) or several, all side by side; `n` outputs each, in order."""
         several = [conversations] if _is_conversation(conversations) else conversations
         return self._run([self.encode_chat(messages, tools) for messages in several], sampling, chat=True)
 
@@ -161,21 +163,36 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _run(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> list[RequestOutput]:
-        latest = {output.request_id: output for output in self._stream(prompts, sampling, chat)}
-        return [latest[request_id] for request_id in sorted(latest)]
+        params = (sampling or SamplingParams()).over(self.engine.defaults)
+        kept, drawn = params.n or 1, params.best_of or params.n or 1
+        if drawn > kept and params.logprobs is None:
+            sampling = replace(sampling or SamplingParams(), logprobs=0)  # by which the likeliest are found
+        latest = {output.request_id: output for output in self._stream(prompts, sampling, chat, drawn)}
+        outputs = [latest[request_id] for request_id in sorted(latest)]
+        groups = [outputs[first : first + drawn] for first in range(0, len(outputs), drawn)]
+        if drawn > kept:
+            groups = [sorted(group, key=_mean_logprob, reverse=True)[:kept] for group in groups]
+        return [output for group in groups for output in group]
 
     def _stream(
-        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool
+        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool, choices: int = 1
     ) -> Generator[RequestOutput]:
         engine = self.engine
         ids: list[int] = []
         engine.stats = self.last_stats = EngineStats()
         try:
-            ids.extend(engine.add(prompt, sampling, chat=chat) for prompt in prompts)
+            for prompt in prompts:
+                ids.append(first := engine.add(prompt, sampling, chat=chat))
+                ids.extend(engine.add(prompt, sampling, chat=chat, choice=i, after=first) for i in range(1, choices))
             while engine.has_work:
                 yield from engine.step()
         finally:
             engine.abort(*ids)
+
+
+def _mean_logprob(output: RequestOutput) -> float:
+    """How likely an answer is for its length."""
+    return fmean(entry.logprob for entry in output.logprobs) if output.logprobs else -inf
 
 
 def _checked(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from glm4.options import SamplingParams
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """What the scheduler knows of one request."""
 
@@ -22,6 +22,13 @@ class Request:
     sampling: SamplingParams
     max_len: int
     """Length of prompt plus answer at which the request ends."""
+    priority: int = 0
+    """Lower ones are served first; among equals, those that came first."""
+    after: Request | None = None
+    """A request with the same prompt that computes it first, so that this one finds it in the cache."""
+    draft_token_ids: list[int] = field(default_factory=list)
+    """Guesses of what comes next, for the next step to confirm."""
+    is_running: bool = False
     num_computed: int = 0
     """How many of its tokens have their keys and values in the cache."""
     block_ids: list[int] = field(default_factory=list)
@@ -37,6 +44,16 @@ class Request:
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be picked."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Requests are served in ascending order of this."""
+        return self.priority, self.request_id
+
+    @property
+    def waits_for_another(self) -> bool:
+        """Another request is still computing the prompt that both have."""
+        return self.after is not None and self.after.finish_reason is None and self.after.num_generated == 0
 
     @property
     def num_generated(self) -> int:
@@ -62,3 +79,5 @@ class RequestOutput:
     """The stop string or the id that ended the answer."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One for each of `token_ids`, where they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One for each of the prompt's tokens but the first, where they were asked for."""

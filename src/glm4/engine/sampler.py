@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from glm4.engine.step import RequestResult, TokenLogprobs
+from glm4.engine.step import TokenLogprobs
 from glm4.options import SamplingParams
+
+_CANDIDATES = 1024
+"""Likeliest tokens that top-p looks at before it sorts the whole vocabulary."""
 
 
 @dataclass(slots=True)
@@ -28,6 +31,10 @@ class SamplingState:
         """Tokens of the answer so far."""
         return len(self.token_ids) - self.prompt_len
 
+    def cut(self, length: int) -> SamplingState:
+        """The state when only `length` tokens were there."""
+        return self if length == len(self.token_ids) else replace(self, token_ids=self.token_ids[:length])
+
 
 class Sampler:
     """Picks one token for each row of logits."""
@@ -37,85 +44,129 @@ class Sampler:
         self._unknown = torch.zeros(vocab_size, dtype=torch.bool)
         self._unknown[unknown_ids] = True
 
-    def __call__(self, logits: Tensor, states: list[SamplingState]) -> list[RequestResult]:
-        """logits: float32 [rows, vocab_size], overwritten; one state a row, in the same order."""
+    def mask_unknown(self, logits: Tensor) -> None:
+        """Make the unknown ids of `logits` (float32 [rows, vocab_size]) impossible, in place."""
         self._unknown = self._unknown.to(logits.device)
         logits.masked_fill_(self._unknown, -torch.inf)
-        if all(_is_plain_greedy(state.sampling) for state in states):
-            return [RequestResult([token_id]) for token_id in logits.argmax(-1).tolist()]
-        return [_pick(row, state) for row, state in zip(logits, states, strict=True)]
+
+    def __call__(
+        self, logits: Tensor, states: list[SamplingState], allowed: dict[int, bytes] | None = None
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The picked ids, and their log-probabilities where they are wanted.
+
+        logits: float32 [rows, vocab_size], overwritten; one state a row, in the same order; `allowed`: for some
+        rows a bitmap over the vocabulary, least significant bit first.
+        """
+        self.mask_unknown(logits)
+        wanted = [row for row, state in enumerate(states) if state.sampling.logprobs is not None]
+        own = dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
+        for row, bitmap in (allowed or {}).items():
+            logits[row].masked_fill_(~unpack_mask(bitmap, logits.shape[1]).to(logits.device), -torch.inf)
+        for row, state in enumerate(states):
+            penalise(logits[row], state)
+        drawn = [row for row, state in enumerate(states) if state.sampling.do_sample]
+        picked: list[int] = logits.argmax(-1).tolist()
+        if drawn:
+            filtered = filtered_scores(logits[drawn], [states[row].sampling for row in drawn])
+            points = [random_point(states[row].sampling.seed or 0, states[row].num_generated) for row in drawn]
+            for row, token_id in zip(drawn, draw(filtered.softmax(-1), points), strict=True):
+                picked[row] = token_id
+        return picked, [
+            token_logprobs(own[row], picked[row], state.sampling.logprobs or 0) if row in own else None
+            for row, state in enumerate(states)
+        ]
 
 
-def _is_plain_greedy(sampling: SamplingParams) -> bool:
-    return not (
-        sampling.do_sample
-        or sampling.min_new_tokens
-        or sampling.logprobs is not None
-        or sampling.repetition_penalty != 1
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-    )
+def unpack_mask(bitmap: bytes, vocab_size: int) -> Tensor:
+    """bool [vocab_size] from a bitmap, least significant bit first; bits beyond its end are 0."""
+    packed = torch.zeros(-(-vocab_size // 8), dtype=torch.uint8)
+    given = torch.frombuffer(bytearray(bitmap[: len(packed)]), dtype=torch.uint8)
+    packed[: len(given)] = given
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten()[:vocab_size].bool()
 
 
-def _pick(row: Tensor, state: SamplingState) -> RequestResult:
-    sampling = state.sampling
-    scores = penalised(row, state)
-    if sampling.do_sample:
-        probabilities = filtered_probabilities(scores, sampling)
-        token_id = draw(probabilities, sampling.seed or 0, state.num_generated)
-    else:
-        token_id = int(scores.argmax())
-    if sampling.logprobs is None:
-        return RequestResult([token_id])
-    logprobs = row.log_softmax(-1)
-    top = logprobs.topk(sampling.logprobs)
+def token_logprobs(logprobs: Tensor, token_id: int, count: int) -> TokenLogprobs:
+    """One token's entry; logprobs: [vocab_size]; `count` likeliest ones beside it."""
+    top = logprobs.topk(count)
     pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return RequestResult([token_id], [TokenLogprobs(token_id, float(logprobs[token_id]), pairs)])
+    return TokenLogprobs(token_id, float(logprobs[token_id]), pairs)
 
 
-def penalised(row: Tensor, state: SamplingState) -> Tensor:
-    """`row` (float32 [vocab_size]) after the minimum length and the penalties; `row` itself is left alone.
+def penalise(row: Tensor, state: SamplingState) -> None:
+    """Apply bias, penalties and the minimum length to `row` (float32 [vocab_size]), in place.
 
     Repetition: positive logits of tokens seen, prompt included, are divided by the penalty and negative ones
     multiplied (Keskar et al., CTRL, 2019). Presence and frequency count the answer's tokens only (OpenAI's API).
     """
-    sampling, scores = state.sampling, row.clone()
-    if sampling.repetition_penalty not in (None, 1):
+    sampling = state.sampling
+    for token_id, bias in sampling.logit_bias:
+        if token_id < len(row):
+            row[token_id] += bias
+    penalty = sampling.repetition_penalty or 1.0
+    if penalty != 1:
         seen = torch.tensor(sorted(set(state.token_ids)), device=row.device)
-        values = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
         counts = Counter(state.token_ids[state.prompt_len :])
-        times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=row.device)
-        penalties = (sampling.presence_penalty or 0) + (sampling.frequency_penalty or 0) * times
-        scores[list(counts)] -= penalties
+        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        row[list(counts)] -= (sampling.presence_penalty or 0) + (sampling.frequency_penalty or 0) * times
     if state.num_generated < (sampling.min_new_tokens or 0):
-        scores[list(sampling.stop_token_ids)] = -torch.inf
-    return scores
+        row[list(sampling.stop_token_ids)] = -torch.inf
 
 
-def filtered_probabilities(scores: Tensor, sampling: SamplingParams) -> Tensor:
-    """Probabilities [vocab_size] after temperature, top-k, top-p and min-p, in this order, renormalised at the end."""
-    scores = scores / (sampling.temperature or 1.0)
-    if sampling.top_k and sampling.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
-    probabilities = scores.softmax(-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        held_before = ordered.cumsum(-1) - ordered
-        probabilities[order[held_before >= sampling.top_p]] = 0
-    if sampling.min_p:
-        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
-    return probabilities / probabilities.sum()
+def filtered_scores(scores: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Scores after temperature, with what top-k, top-p and min-p (in this order) drop at -inf.
 
-
-def draw(probabilities: Tensor, seed: int, position: int) -> int:
-    """One token id, by inverting the cumulative distribution at a point that `seed` and `position` alone decide.
-
-    So a request's words depend neither on what runs beside it nor on being computed again after a preemption.
+    scores: float32 [rows, vocab_size]; one SamplingParams a row. Each filter keeps what is at least as likely as the
+    last token it keeps, so it is a threshold for the row.
     """
-    point = random.Random(seed << 32 | position).random()
+    vocab_size, device = scores.shape[1], scores.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=scores.dtype, device=device)[:, None]
+
+    scores = scores / column([p.temperature or 1.0 for p in params])
+    top_k = torch.tensor([p.top_k or vocab_size for p in params], device=device).clamp(max=vocab_size)[:, None]
+    top_p, min_p = column([p.top_p or 1.0 for p in params]), column([p.min_p or 0.0 for p in params])
+    limited = [p.top_k for p in params if p.top_k]
+    if not limited and all(p.top_p in (None, 1.0) for p in params):
+        return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
+    count = min(vocab_size, max(_CANDIDATES, *limited, 1))
+    best, held_before = _ranked(scores, count, top_k)
+    if count < vocab_size and bool((held_before[:, -1:] < top_p)[top_k > count].any()):
+        best, held_before = _ranked(scores, vocab_size, top_k)
+    rank = torch.arange(best.shape[1], device=device)
+    kept = ((rank < top_k) & (held_before < top_p)).sum(-1, keepdim=True).clamp(min=1)
+    threshold = best.gather(1, kept - 1).maximum(best[:, :1] + min_p.log())
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def _ranked(scores: Tensor, count: int, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The `count` best scores of each row, best first, and the probability that those before each hold."""
+    best = scores.topk(count).values
+    rank = torch.arange(count, device=scores.device)
+    inside = best.masked_fill(rank >= top_k, -torch.inf)
+    everything = torch.where(top_k > count, scores.logsumexp(-1, keepdim=True), inside.logsumexp(-1, keepdim=True))
+    probabilities = (inside - everything).exp()
+    return best, probabilities.cumsum(-1) - probabilities
+
+
+def random_point(seed: int, position: int) -> float:
+    """A number in [0, 1) that `seed` and `position` alone decide.
+
+    So a request's words depend neither on what runs beside it nor on being computed again after a preemption, and a
+    draft is confirmed exactly when it is the token that would have been drawn without it.
+    """
+    return random.Random(seed << 32 | position).random()
+
+
+def draw(probabilities: Tensor, points: list[float]) -> list[int]:
+    """One token id a row, by inverting the cumulative distribution; probabilities: [rows, vocab_size]."""
     cumulative = probabilities.double().cumsum(-1)
-    token_id = int(torch.searchsorted(cumulative, point * float(cumulative[-1]), right=True))
-    return min(token_id, int(probabilities.nonzero()[-1]))  # rounding can leave the point beyond the last one
+    targets = torch.tensor(points, dtype=torch.float64, device=cumulative.device)[:, None] * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # Rounding can leave a point beyond the last possible token.
+    last = cumulative.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
+    return [min(pair) for pair in zip(found.tolist(), last.tolist(), strict=True)]

@@ -1,12 +1,12 @@
 """Decides, step by step, which requests run and how many of their tokens.
 
 There is no prefill phase and no decode phase: every request has tokens to catch up on, under one token budget.
-When blocks run out, the youngest request gives up its own and computes its tokens again later.
+When blocks run out, the last in order gives up its own and computes its tokens again later.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from dataclasses import dataclass
 
 from glm4.engine.kv_cache import BlockPool
@@ -16,25 +16,26 @@ from glm4.errors import MemoryPlanError
 
 
 @dataclass(slots=True)
-class CacheStats:
-    """Tokens of admitted requests, and how many of them were in the KV cache already."""
+class SchedulerStats:
+    """Tokens of admitted requests and how many of them the KV cache held already; preemptions."""
 
     queried_tokens: int = 0
     hit_tokens: int = 0
+    preemptions: int = 0
 
 
 class Scheduler:
-    """First come, first served."""
+    """By priority; first come, first served among equals."""
 
     def __init__(
         self, pool: BlockPool, max_batch_tokens: int, max_batch_requests: int, prefix_caching: bool = True
     ) -> None:
         self.pool, self.prefix_caching = pool, prefix_caching
         self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
-        self.stats = CacheStats()
-        self.waiting: deque[Request] = deque()
+        self.stats = SchedulerStats()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
-        """Oldest first."""
+        """Both in order, the first to be served first."""
         self._finished_ids: list[int] = []
 
     @property
@@ -51,26 +52,28 @@ class Scheduler:
                 f"room for {request.max_len}, and the KV cache holds {capacity}: lower max_new_tokens or raise "
                 "max_device_memory"
             )
-        self.waiting.append(request)
+        bisect.insort(self.waiting, request, key=_order)
 
     def plan(self) -> StepPlan:
         """The next step, and the requests' new block tables."""
         budget = self.max_batch_tokens
         steps: list[RequestStep] = []
         for request in list(self.running):
-            if budget == 0 or request not in self.running:  # a later one may have lost its blocks to an earlier one
+            if budget == 0 or not request.is_running:  # it may have lost its blocks to one before it
                 continue
-            count = min(request.num_pending, budget)
+            count = min(request.num_pending + len(request.draft_token_ids), budget)
             if self._make_room(request, count):
                 steps.append(self._step(request, count))
                 budget -= count
         while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
             request = self.waiting[0]
-            if not self._admit(request):
+            if request.waits_for_another or not self._admit(request):
                 break
-            self.running.append(self.waiting.popleft())
+            del self.waiting[0]
+            request.is_running = True
+            bisect.insort(self.running, request, key=_order)
             count = min(request.num_pending, budget)
-            self._make_room(request, count)
+            request.block_ids += self.pool.take(self._missing_blocks(request, count))
             steps.append(self._step(request, count))
             budget -= count
         finished, self._finished_ids = self._finished_ids, []
@@ -78,7 +81,8 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Hold the blocks that already have the beginning of `request`; False when the rest has no room now."""
-        prefix = self.pool.find_prefix(request.token_ids if self.prefix_caching else [])
+        shareable = self.prefix_caching and request.sampling.prompt_logprobs is None
+        prefix = self.pool.find_prefix(request.token_ids if shareable else [])
         if self.pool.blocks_for(len(request.token_ids)) - len(prefix.blocks) > prefix.num_free_beside:
             return False
         self.pool.share(prefix.blocks)
@@ -89,40 +93,57 @@ class Scheduler:
         self.stats.hit_tokens += request.num_computed
         return True
 
+    def _missing_blocks(self, request: Request, count: int) -> int:
+        return max(0, self.pool.blocks_for(request.num_computed + count) - len(request.block_ids))
+
     def _make_room(self, request: Request, count: int) -> bool:
         """Blocks for `count` more tokens of `request`; False when it had to give up its own."""
-        missing = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
+        missing = self._missing_blocks(request, count)
         while missing > self.pool.num_free:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         request.block_ids += self.pool.take(missing)
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        self.stats.preemptions += 1
         self._release(request)
         request.num_computed, request.known_to_runner = 0, False
-        self.waiting.appendleft(request)
+        bisect.insort(self.waiting, request, key=_order)
 
     def _release(self, request: Request) -> None:
+        if request.is_running:
+            del self.running[bisect.bisect_left(self.running, request.order, key=_order)]
+            request.is_running = False
         self.pool.give_back(request.block_ids)
-        request.block_ids = []
+        request.block_ids, request.draft_token_ids = [], []
 
     def _step(self, request: Request, count: int) -> RequestStep:
-        start = request.num_computed
+        start, pending = request.num_computed, request.num_pending
         first_time, request.known_to_runner = not request.known_to_runner, True
+        drafts = request.draft_token_ids[: max(0, count - pending)]
+        request.draft_token_ids = []
+        end = start + min(count, pending)
         return RequestStep(
             request_id=request.request_id,
-            token_ids=request.token_ids[start : start + count],
+            token_ids=request.token_ids[start:end] + drafts,
             start=start,
             block_ids=list(request.block_ids),
-            logits_at=[count - 1] if count == request.num_pending else [],
+            logits_at=list(range(pending - 1, count)),
+            draft_token_ids=drafts,
+            prompt_targets=self._prompt_targets(request, start, end),
             sampling=request.sampling if first_time else None,
             earlier_token_ids=request.token_ids[:start] if first_time else [],
             prompt_len=request.prompt_len if first_time else 0,
         )
+
+    @staticmethod
+    def _prompt_targets(request: Request, start: int, end: int) -> list[int]:
+        if request.sampling.prompt_logprobs is None or request.num_generated:
+            return []
+        return request.token_ids[start + 1 : min(end + 1, request.prompt_len)]
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
         """Take in what `plan` gave: the requests that got a token, those that ended by an id or a limit marked so."""
@@ -132,37 +153,47 @@ class Scheduler:
             request = by_id.get(step.request_id)
             if request is None:  # aborted while the step ran
                 continue
-            request.num_computed += len(step.token_ids)
+            picked = result.results[step.request_id].token_ids if step.logits_at else []
+            rejected = len(step.draft_token_ids) + 1 - len(picked) if picked else 0
+            request.num_computed += len(step.token_ids) - rejected
             self._publish(request)
-            if step.request_id in result.results:
-                request.token_ids += result.results[step.request_id].token_ids
+            if picked:
+                self._extend(request, picked)
                 progressed.append(request)
-                reason = self._reason_to_end(request)
-                if reason:
-                    self.finish(request, reason)
         return progressed
 
     def _publish(self, request: Request) -> None:
         """Let others find the blocks of `request` that this step filled."""
         size = self.pool.block_size
-        for number in range(request.num_published, request.num_computed // size if self.prefix_caching else 0):
+        known = min(request.num_computed, len(request.token_ids))  # confirmed drafts are added after this
+        for number in range(request.num_published, known // size if self.prefix_caching else 0):
             tokens = request.token_ids[number * size : (number + 1) * size]
             request.identity = self.pool.publish(request.block_ids[number], tokens, request.identity)
             request.num_published += 1
 
-    @staticmethod
-    def _reason_to_end(request: Request) -> FinishReason | None:
-        enough = request.num_generated > (request.sampling.min_new_tokens or 0)
-        if enough and request.token_ids[-1] in request.sampling.stop_token_ids:
-            return "stop"
-        return "length" if len(request.token_ids) >= request.max_len else None
+    def _extend(self, request: Request, picked: list[int]) -> None:
+        for token_id in picked:
+            request.token_ids.append(token_id)
+            reason = _reason_to_end(request)
+            if reason:
+                self.finish(request, reason)
+                return
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it is, and free its blocks."""
         request.finish_reason = reason
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting:
+        if not request.is_running:
             self.waiting.remove(request)
         self._release(request)
         self._finished_ids.append(request.request_id)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _reason_to_end(request: Request) -> FinishReason | None:
+    enough = request.num_generated > (request.sampling.min_new_tokens or 0)
+    if enough and request.token_ids[-1] in request.sampling.stop_token_ids:
+        return "stop"
+    return "length" if len(request.token_ids) >= request.max_len else None

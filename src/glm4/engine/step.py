@@ -24,6 +24,8 @@ class RequestStep:
     logits_at: list[int] = field(default_factory=list)
     """Indices into token_ids after which a token is to be picked (none while a prompt is only caught up on)."""
     draft_token_ids: list[int] = field(default_factory=list)
+    prompt_targets: list[int] = field(default_factory=list)
+    """The token after each of token_ids, as far as the prompt goes, where the prompt's log-probabilities are wanted."""
     want_hidden_states: bool = False
     sampling: SamplingParams | None = None
     """Sent with the request's first step, and again after a preemption; every value filled in but the limits."""
@@ -62,8 +64,10 @@ class RequestResult:
     """What one request of a plan gave."""
 
     token_ids: list[int]
-    """One picked token for each index in `logits_at`."""
+    """The picked tokens: one, or the drafts that the model confirms and the token it picks after them."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One for each of `prompt_targets`."""
     hidden_states: Any = None
 
 

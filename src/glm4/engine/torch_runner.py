@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from glm4.engine.sampler import Sampler, SamplingState
-from glm4.engine.step import RequestResult, RequestStep, StepPlan, StepResult
+from glm4.engine.sampler import Sampler, SamplingState, token_logprobs
+from glm4.engine.step import RequestResult, RequestStep, StepPlan, StepResult, TokenLogprobs
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.ops.attention import make_batch
+
+_LOGIT_ROWS = 64
+"""Rows of logits that exist at once for a prompt's log-probabilities."""
 
 
 class TorchRunner:
@@ -31,7 +35,7 @@ class TorchRunner:
             self._states.pop(request_id, None)
         for step in plan.requests:
             self._remember(step)
-        return StepResult(self._compute(plan.requests) if plan.requests else {})
+        return StepResult(self._compute(plan) if plan.requests else {})
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         for source, target in copies:
@@ -45,7 +49,8 @@ class TorchRunner:
             self._states[step.request_id] = SamplingState(step.sampling, step.prompt_len, list(step.earlier_token_ids))
         self._states[step.request_id].token_ids[step.start :] = step.token_ids
 
-    def _compute(self, steps: list[RequestStep]) -> dict[int, RequestResult]:
+    def _compute(self, plan: StepPlan) -> dict[int, RequestResult]:
+        steps = plan.requests
         spans: list[tuple[int, int]] = []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -56,19 +61,50 @@ class TorchRunner:
         batch = make_batch(spans, [s.start for s in steps], [s.block_ids for s in steps], self.block_size, self.device)
         ids, places = (torch.tensor(numbers, device=self.device) for numbers in (token_ids, positions))
         hidden = self.model.forward(ids, places, batch, self._kv_cache)
-        results = self._sample(hidden, steps, spans)
+        results = self._pick(hidden, plan, spans)
         for step, (first, end) in zip(steps, spans, strict=True):
+            extra: dict[str, Any] = {}
+            if step.prompt_targets:
+                extra["prompt_logprobs"] = self._prompt_logprobs(hidden[first:end], step)
             if step.want_hidden_states:
-                result = results.get(step.request_id, RequestResult([]))
-                results[step.request_id] = replace(result, hidden_states=hidden[first:end].clone())
+                extra["hidden_states"] = hidden[first:end].clone()
+            if extra:
+                results[step.request_id] = replace(results.get(step.request_id, RequestResult([])), **extra)
         return results
 
-    def _sample(
-        self, hidden: torch.Tensor, steps: list[RequestStep], spans: list[tuple[int, int]]
-    ) -> dict[int, RequestResult]:
-        wanted = [(step, first + i) for step, (first, _) in zip(steps, spans, strict=True) for i in step.logits_at]
+    def _pick(self, hidden: torch.Tensor, plan: StepPlan, spans: list[tuple[int, int]]) -> dict[int, RequestResult]:
+        """Tokens at all wanted positions at once; what follows an unconfirmed draft is dropped."""
+        wanted = [
+            (step, first, i) for step, (first, _) in zip(plan.requests, spans, strict=True) for i in step.logits_at
+        ]
         if not wanted:
             return {}
-        logits = self.model.logits(hidden[[row for _, row in wanted]])
-        picked = self._sampler(logits, [self._states[step.request_id] for step, _ in wanted])
-        return {step.request_id: result for (step, _), result in zip(wanted, picked, strict=True)}
+        logits = self.model.logits(hidden[[first + i for _, first, i in wanted]])
+        states = [self._states[step.request_id].cut(step.start + i + 1) for step, _, i in wanted]
+        masks = {
+            row: plan.grammar_masks[step.request_id]
+            for row, (step, _, _) in enumerate(wanted)
+            if step.request_id in plan.grammar_masks
+        }
+        token_ids, logprobs = self._sampler(logits, states, masks)
+        picked: dict[int, RequestResult] = {}
+        for (step, _, i), token_id, entry in zip(wanted, token_ids, logprobs, strict=True):
+            result = picked.setdefault(step.request_id, RequestResult([]))
+            position = i - step.logits_at[0]
+            if result.token_ids != step.draft_token_ids[:position]:
+                continue
+            result.token_ids.append(token_id)
+            if entry is not None:
+                result.logprobs.append(entry)
+        return picked
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, step: RequestStep) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt's own tokens, in slices, for the logits of a whole prompt are large."""
+        count = self._states[step.request_id].sampling.prompt_logprobs or 0
+        found = []
+        for first in range(0, len(step.prompt_targets), _LOGIT_ROWS):
+            targets = step.prompt_targets[first : first + _LOGIT_ROWS]
+            logits = self.model.logits(hidden[first : first + len(targets)])
+            self._sampler.mask_unknown(logits)
+            found += [token_logprobs(row, t, count) for row, t in zip(logits.log_softmax(-1), targets, strict=True)]
+        return found
