@@ -41,7 +41,7 @@ format: $(READY)
 
 demo: $(READY)
 	$(BIN)/python tools/build_corpus.py
-	$(BIN)/python tools/train_demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tools/train_demo.py
 
 env: $(READY)
 

@@ -11,6 +11,7 @@ Names are loaded when they are first used, so that importing the package loads n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from glm4.engine.request import RequestOutput as RequestOutput
     from glm4.errors import Glm4Error as Glm4Error
     from glm4.options import SamplingParams as SamplingParams
+
+# Threads that wait for each other by spinning make one another late wherever something else uses the cores, too: a
+# hundred times slower with one busy neighbour. This counts until torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
