@@ -94,3 +94,27 @@ def write_tiny_chat(path: Path, **shape: Any) -> TinyCheckpoint:
     backend.save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return tiny
+
+
+class Reference:
+    """What a tiny model answers, by transformers and tokenizers alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.model = transformers.Glm4ForCausalLM.from_pretrained(folder)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a rendered prompt."""
+        return len(self.tokenizer.encode(prompt).ids)
+
+    def answer(self, prompt: str, max_new_tokens: int) -> str:
+        """The greedy continuation of a rendered prompt, the ids without a token left out."""
+        ids = self.tokenizer.encode(prompt).ids
+        known = self.tokenizer.get_vocab_size()
+        output = self.model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            suppress_tokens=list(range(known, self.model.config.vocab_size)),
+        )
+        return self.tokenizer.decode(output[0, len(ids) :].tolist()).removeprefix("\n")

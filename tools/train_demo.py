@@ -16,7 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ class Training:
         """The state, written beside `file` and then renamed, so that an interruption leaves the older one whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "recipe": self.recipe,
+            "recipe": asdict(self.recipe),
             "corpus": self.corpus,
             "epoch": self.epoch,
             "seconds": self.seconds,
@@ -196,9 +196,8 @@ class Training:
         """Go on from `file`, unless it is missing or of another recipe or corpus."""
         if not file.exists():
             return
-        with torch.serialization.safe_globals([Recipe]):
-            state: dict[str, Any] = torch.load(file)
-        if (state["recipe"], state["corpus"]) != (self.recipe, self.corpus):
+        state: dict[str, Any] = torch.load(file)
+        if (state["recipe"], state["corpus"]) != (asdict(self.recipe), self.corpus):
             print(f"{file} is of another recipe or corpus: starting anew", flush=True)
             return
         self.epoch, self.seconds = state["epoch"], state["seconds"]

@@ -391,7 +391,10 @@ def test_disk_too_small(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_disk_full_while_writing(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "GLM-4-tiny").mkdir()
     (tmp_path / "GLM-4-tiny" / "config.json.incomplete").symlink_to("/dev/full")
-    assert message(OutputError, hub) == "GLM-4-tiny cannot be written: No space left on device"
+    assert (
+        message(OutputError, hub)
+        == "GLM-4-tiny cannot be written: No space left on device; choose another folder with --to"
+    )
 
 
 def test_folder_that_holds_something_else(hub: FakeHub, tmp_path: Path) -> None:

@@ -164,4 +164,5 @@ def test_an_empty_prompt(prompt: str) -> None:
 
 
 def test_a_prompt_that_the_shell_passed_in_another_encoding() -> None:
-    assert refusal(b"caf\xe9".decode("utf-8", "surrogateescape")) == "predict_data: the prompt is not UTF-8 text"
+    message = refusal(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert message == "predict_data: the prompt is not UTF-8 text; convert it first"

@@ -47,9 +47,16 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EIO, "start from another folder"),
+    ],
+)
 def test_a_full_disk_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, number: int, advice: str
 ) -> None:
     path = tmp_path / "r.txt"
     path.write_text(OLD)
@@ -64,8 +71,7 @@ def test_a_full_disk_leaves_the_old_file(
     with pytest.raises(OutputError) as caught:
         write_results(path, [["new"]])
     assert str(caught.value) == (
-        f"{path} cannot be written: {os.strerror(number)}; free some space or start from another folder; "
-        "the file that was there is unchanged"
+        f"{path} cannot be written: {os.strerror(number)}; {advice}; the file that was there is unchanged"
     )
     assert path.read_text() == OLD
     assert list(tmp_path.iterdir()) == [path]

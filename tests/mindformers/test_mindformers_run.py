@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glm4.errors import CheckpointError, EngineError, Glm4Error
+from glm4.errors import CheckpointError, EngineError, Glm4Error, PromptError
 from glm4.mindformers.run import main
 from glm4.options import EngineOptions, SamplingParams
 
@@ -172,6 +172,22 @@ def test_an_error_of_the_model_keeps_the_old_result(capfd: pytest.CaptureFixture
     assert "Traceback" in capfd.readouterr().err
 
 
+def test_a_prompt_that_cannot_be_answered_is_numbered(capfd: pytest.CaptureFixture[str]) -> None:
+    class PickyLLM(EchoLLM):
+        def chat(self, conversations: list[list[dict[str, str]]], sampling: SamplingParams) -> list[Any]:
+            if any(message["content"] == "bad" for [message] in conversations):
+                raise PromptError("too long")
+            return super().chat(conversations, sampling)
+
+    for prompts, flags, which in (
+        (["bad"], (), ""),
+        (["a", "bad"], (), "prompt 2: "),
+        (["a", "b", "c", "bad"], ("--predict_batch_size", "2"), "one of prompts 3 to 4: "),
+    ):
+        assert predict("--predict_data", *prompts, *flags, load=PickyLLM) == 4
+        assert capfd.readouterr().err.endswith(f"\nerror: {which}too long\n")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     def load(_: EngineOptions) -> Any:
         raise ZeroDivisionError
@@ -186,7 +202,7 @@ def test_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
 
     RESULT.write_text("old")
     assert predict("--predict_data", "a", load=load) == 130
-    assert capfd.readouterr().err.endswith("\ninterrupted\n")
+    assert capfd.readouterr().err.endswith("\nerror: interrupted\n")
     assert RESULT.read_text() == "old"
 
 

@@ -51,7 +51,9 @@ def download(
         _prepare(target)
         _fetch_missing(files, site.credentials, target, on_progress)
     except OSError as error:
-        raise OutputError(f"{error.filename or target} cannot be written: {error.strerror}") from error
+        raise OutputError(
+            f"{error.filename or target} cannot be written: {error.strerror}; choose another folder with --to"
+        ) from error
     return target
 
 

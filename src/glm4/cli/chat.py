@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glm4.cli.common import engine_options, load, model_option, sampling_from, sampling_option, verbose_option
+from glm4.cli.common import (
+    check_utf8,
+    engine_options,
+    load,
+    model_option,
+    sampling_from,
+    sampling_option,
+    verbose_option,
+)
 from glm4.cli.generate import show, stats_line
-from glm4.errors import Glm4Error, OutputError
+from glm4.errors import Glm4Error, OptionError, OutputError
 from glm4.options import nearest
 
 if TYPE_CHECKING:
@@ -56,8 +64,12 @@ def command(
       glm4 chat -m /path/hf_dir
       glm4 chat -m DIR -s '你是一名导游' -o temperature 0.7
     """
+    check_utf8(system or "", "--system")
     params = sampling_from(sampling)
-    chat = Chat(load(model, options), params, system, hide_thoughts)
+    llm = load(model, options)
+    if not llm.has_chat_template:
+        raise OptionError(f"{model} has no chat template, as base models do: use `glm4 generate --raw`")
+    chat = Chat(llm, params, system, hide_thoughts)
     if sys.stdin.isatty():
         click.echo("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands; end a line with \\ to go on.")
         _keep_history()
@@ -67,6 +79,8 @@ def command(
                 break
         except Glm4Error as error:
             click.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:  # before the answer began
+            click.echo(" (stopped)")
 
 
 class Chat:
@@ -86,12 +100,13 @@ class Chat:
         """Answer a line, or obey it if it is a command; False when it says to leave."""
         if not text.strip():
             return True
+        check_utf8(text, "that line")
         if text.startswith("/"):
             return self._obey(*text.split(maxsplit=1))
         self.messages.append({"role": "user", "content": text})
         try:
             self._answer()
-        except Glm4Error:
+        except (Glm4Error, KeyboardInterrupt):
             self.messages.pop()
             raise
         return True
@@ -123,7 +138,8 @@ class Chat:
             case "/stats":
                 click.echo(stats_line(self.llm))
             case _:
-                click.echo(f"unknown command {name!r}{nearest(name, [what.split()[0] for what in _HELP])}")
+                known = [what.split()[0] for what in _HELP]
+                click.echo(f"unknown command {name!r}{nearest(name, known)} (begin a question with a space)")
         return True
 
     def _take_back(self, again: bool) -> None:
@@ -139,10 +155,12 @@ class Chat:
         if not name:
             click.echo("say where: /save FILE")
             return
+        text = json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n"
         try:
-            Path(name).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{name}: {error.strerror}; choose another file") from error
+            Path(name).expanduser().write_text(text, encoding="utf-8")
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user that is not known
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise OutputError(f"{name}: {reason}; choose another file") from error
         click.echo(f"{len(self.messages)} messages written to {name}")
 
 

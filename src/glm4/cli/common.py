@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from glm4.errors import OptionError
-from glm4.options import EngineOptions, SamplingParams, options_from
+from glm4.errors import OptionError, PromptError
+from glm4.options import EngineOptions, SamplingParams, option_kind, options_from
 
 if TYPE_CHECKING:
     from glm4.engine.llm import LLM
 
 Command = Callable[..., Any]
 
-_RARE = ("block_size", "max_batch_requests", "max_batch_tokens", "device_id")
+_METAVARS = {int: "N", float: "X", bool: "True|False", str: "TEXT"}
 
 
 def model_option(command: Command) -> Command:
@@ -39,11 +39,16 @@ def engine_options(command: Command) -> Command:
         default = "" if option.default is None else f" [default: {option.default}]"
         command = click.option(
             "--" + option.name.replace("_", "-"),
-            metavar="|".join(option.metadata.get("choices", ())) or None,
-            hidden=option.name in _RARE,
+            metavar=_metavar(option),
             help=option.metadata["help"] + default,
         )(command)
     return command
+
+
+def _metavar(option: Field[Any]) -> str:
+    if "choices" in option.metadata:
+        return "|".join(option.metadata["choices"])
+    return "SIZE" if "parse" in option.metadata else _METAVARS[option_kind(option)]
 
 
 def sampling_option(command: Command) -> Command:
@@ -64,6 +69,14 @@ def sampling_from(pairs: tuple[tuple[str, str], ...]) -> SamplingParams:
             values[key] = value
     params: SamplingParams = options_from(SamplingParams, values, " in -o")
     return params
+
+
+def check_utf8(text: str, what: str) -> None:
+    """Raise PromptError where `text`, which came from the shell, holds bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{what} is not UTF-8 (character {error.start + 1}): convert it first") from error
 
 
 def load(model: str | None, options: dict[str, Any]) -> LLM:

@@ -8,36 +8,39 @@ from pathlib import Path
 import click
 
 
-@click.command(
-    "download",
-    epilog="""\b
-Examples:
-  glm4 download zai-org/GLM-4-9B-0414
-  glm4 download zai-org/GLM-4-32B-0414 --to /data/GLM-4-32B-0414
-  glm4 download ZhipuAI/GLM-4-9B-0414 --hub modelscope
-  glm4 download zai-org/GLM-Z1-9B-0414 --endpoint https://hf-mirror.com
-
-Run the same command again to go on after an interruption, or to check and repair a folder.""",
-)
+@click.command("download", short_help="fetch a model from Hugging Face or ModelScope")
 @click.argument("repo")
-@click.option("--hub", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True)
 @click.option(
-    "--to", "target", type=click.Path(path_type=Path), metavar="DIR", help="Folder to fill; by default ./NAME."
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="where from",
 )
+@click.option("--to", "target", type=click.Path(path_type=Path), metavar="DIR", help="folder to fill [default: ./NAME]")
 @click.option(
-    "--endpoint", metavar="URL", help="Address of the hub or of a mirror; by default $HF_ENDPOINT or the hub's."
+    "--endpoint", metavar="URL", help="address of the hub or of a mirror [default: HF_ENDPOINT, or the hub's]"
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit; by default the newest state.")
+@click.option("--revision", metavar="REV", help="branch, tag or commit [default: the newest state]")
 @click.option(
-    "--token", help="For models that need one; by default the saved login, $HF_TOKEN or $MODELSCOPE_API_TOKEN."
+    "--token",
+    metavar="TOKEN",
+    help="for models that need one [default: the saved login, HF_TOKEN or MODELSCOPE_API_TOKEN]",
 )
 def command(
     repo: str, hub: str, target: Path | None, endpoint: str | None, revision: str | None, token: str | None
 ) -> None:
     """Fetch model REPO, such as zai-org/GLM-4-9B-0414, into a folder.
 
-    Only the files that are needed are fetched; each is checked by size and hash. The folder is printed on stdout,
-    everything else on stderr.
+    Only the files that are needed are fetched; each is checked by size and hash. Run the same command again to go
+    on after an interruption, or to check and repair a folder. The folder is printed on stdout, all else on stderr.
+
+    \b
+    Examples:
+      glm4 download zai-org/GLM-4-9B-0414
+      glm4 download zai-org/GLM-4-32B-0414 --to /data/GLM-4-32B-0414
+      glm4 download ZhipuAI/GLM-4-9B-0414 --hub modelscope
+      glm4 download zai-org/GLM-Z1-9B-0414 --endpoint https://hf-mirror.com
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -51,7 +54,8 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(repo, total=None)
 
         def show(what: str, done: int, total: int) -> None:

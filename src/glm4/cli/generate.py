@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glm4.cli.common import engine_options, load, model_option, sampling_from, sampling_option, verbose_option
-from glm4.errors import PromptError
+from glm4.cli.common import (
+    check_utf8,
+    engine_options,
+    load,
+    model_option,
+    sampling_from,
+    sampling_option,
+    verbose_option,
+)
+from glm4.errors import OptionError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,9 +55,12 @@ def command(
     """
     text = read_prompt(prompt)
     if raw and system:
-        raise PromptError("--system needs the chat template: leave out --raw, or write the text into the prompt")
+        raise OptionError("--system needs the chat template: leave out --raw, or write the text into the prompt")
+    check_utf8(system or "", "--system")
     params = sampling_from(sampling)
     llm = load(model, options)
+    if not raw and not llm.has_chat_template:
+        raise OptionError(f"{model} has no chat template, as base models do: pass --raw to continue the text as it is")
     if raw:
         outputs = llm.stream(text, params)
     else:
@@ -57,7 +68,8 @@ def command(
         outputs = llm.stream([*messages, {"role": "user", "content": text}], params)
     last = show(outputs, thinks=llm.thinks and not raw, hide_thoughts=hide_thoughts)
     if last.finish_reason == "length":
-        click.echo(f"(stopped after {len(last.token_ids)} tokens, the limit)", err=True)
+        count = len(last.token_ids)
+        click.echo(f"(stopped after {count} token{'' if count == 1 else 's'}, the limit)", err=True)
     if stats:
         click.echo(stats_line(llm), err=True)
 
@@ -67,13 +79,15 @@ def read_prompt(words: tuple[str, ...]) -> str:
 
     Raises PromptError when there is neither, or for bytes that are not UTF-8.
     """
-    piped = ""
+    piped, typed = "", " ".join(words)
     if not sys.stdin.isatty():
         try:
-            piped = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from error
-    text = "\n".join(part for part in (piped, " ".join(words)) if part)
+            piped = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n")
+        except OSError as error:
+            raise PromptError(f"standard input cannot be read: {error.strerror}") from error
+    check_utf8(piped, "standard input")
+    check_utf8(typed, "the prompt")
+    text = "\n".join(part for part in (piped, typed) if part)
     if not text.strip():
         raise PromptError("the prompt is empty: give some text as an argument or on standard input")
     return text

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 import glm4
-from glm4.errors import INTERRUPTED, Glm4Error
+from glm4.errors import INTERRUPTED, Glm4Error, OutputError
 from glm4.options import nearest
 
-COMMANDS = ("generate", "chat", "plan", "verify", "download", "completion")
+COMMANDS = ("generate", "chat", "batch", "bench", "plan", "verify", "download", "completion")
 _OWN_FLAGS = ("--help", "-h", "--version")
 
 
@@ -32,7 +35,7 @@ class _LazyGroup(click.Group):
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="`glm4 'question' -m DIR` is short for `glm4 generate`. Any command takes --debug: a traceback "
-    "instead of one line when something fails.",
+    "before the one line when something fails.",
 )
 @click.version_option(glm4.__version__, prog_name="glm4")
 def cli() -> None:
@@ -52,26 +55,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("GLM4_DEBUG")) or "--debug" in args[: _end_of_flags(args)]
     args = [arg for i, arg in enumerate(args) if arg != "--debug" or i >= _end_of_flags(args)]
+    _prepare_streams()
     try:
-        code = cli.main(_with_command(args), prog_name="glm4", standalone_mode=False)
+        args = _with_command(args)
+        code = cli.main(args, prog_name="glm4", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+    except click.UsageError as error:
+        command = f"glm4 {args[0]}" if args[0] in COMMANDS else "glm4"
+        _fail(f"{error.format_message().removesuffix('.')} (see `{command} --help`)", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        click.echo(err=True)  # below the answer so far
         _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it leaves
-        sys.exit(0)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if isinstance(error, Glm4Error):
             _fail(str(error), error.exit_code)
+        if isinstance(error, OSError) and error.filename is None:  # what is written by name has its own OutputError
+            sys.stdout = io.StringIO()  # or Python complains again while it leaves
+            _fail(f"standard output cannot be written: {error.strerror}", OutputError.exit_code)
         _fail(f"{type(error).__name__}: {error} (a bug; --debug shows where)", 1)
 
 
+def _prepare_streams() -> None:
+    """Let no stream be the reason for a traceback: closed ones are empty, and odd characters are escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `check_utf8` says what is wrong with them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    click.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
     sys.exit(code)
 
 
@@ -81,6 +99,8 @@ def _end_of_flags(args: list[str]) -> int:
 
 def _with_command(args: list[str]) -> list[str]:
     """`args` with `generate` in front where no command is named."""
+    if args == ["help"]:
+        return ["--help"]
     if not args or args[0] in COMMANDS or args[0] in _OWN_FLAGS:
         return args or ["--help"]
     hint = nearest(args[0], COMMANDS)

@@ -39,12 +39,19 @@ def command(model: str, dtype: str, memory: str | None, cards: str | None, conte
 
     config = _read_config(model)
     context = _checked_context(context, config)
+    limit = _size(memory) if memory else _free_memory()
     plan = MemoryPlan.of(config, EngineOptions(), dtype, context)
     console = Console(highlight=False)
     console.print(_needs(plan, model))
     console.print(_fits(plan))
-    limit = parse_size(memory) if memory else _free_memory()
     _advise(console, plan, model, limit, int(cards) if cards else None)
+
+
+def _size(memory: str) -> int:
+    try:
+        return parse_size(memory)
+    except OptionError as error:
+        raise OptionError(f"--memory: {error}") from error
 
 
 def _read_config(model: str) -> Glm4Config:
@@ -68,12 +75,13 @@ def _free_memory() -> int:
 
 
 def _needs(plan: MemoryPlan, model: str) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     config = plan.config
-    table = Table(title=model, show_header=False, title_justify="left")
+    table = Table(title=escape(model), show_header=False, title_justify="left")
     rows = {
-        "parameters": f"{plan.num_parameters / 1e9:.2f} billion, {config.num_hidden_layers} layers",
+        "parameters": f"{_count(plan.num_parameters)}, {config.num_hidden_layers} layers",
         "weights": ", ".join(f"{gib(replace(plan, dtype=name).weights)} in {name}" for name in DTYPES[1:]),
         "KV cache": f"{gib(plan.kv_per_token * 1024)} per 1,024 tokens, "
         f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.dtype})",
@@ -83,6 +91,10 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
 
 def _fits(plan: MemoryPlan) -> Table:
@@ -113,8 +125,20 @@ def _advise(console: Console, plan: MemoryPlan, model: str, limit: int, cards: i
         f"fits on {where} with {gib(limit)} each: {gib(best.weights)} weights, "
         f"{best.kv_tokens(limit):,} tokens of KV cache"
     )
-    console.print(
-        f"\n# configs/glm4/predict_glm4.yaml\npretrained_model_dir: '{model}'\nparallel_config:\n  data_parallel: 1\n"
-        f'  model_parallel: {best.cards}\ncontext:\n  max_device_memory: "{limit // 2**30}GB"',
-        markup=False,
-    )
+    click.echo("\n# the keys of configs/glm4/predict_glm4.yaml that say so")
+    click.echo(_yaml(best, model, limit), nl=False)  # the console would wrap long lines
+
+
+def _yaml(plan: MemoryPlan, model: str, limit: int) -> str:
+    import yaml
+
+    memory = f"{limit // 2**20}MB" if limit % 2**30 else f"{limit // 2**30}GB"
+    keys = {
+        "pretrained_model_dir": model,
+        "use_parallel": plan.cards > 1,
+        "parallel_config": {"data_parallel": 1, "model_parallel": plan.cards},
+        "model": {"model_config": {"compute_dtype": plan.dtype, "max_length": plan.context}},
+        "context": {"max_device_memory": memory},
+    }
+    text: str = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=10_000)
+    return text

@@ -33,7 +33,7 @@ def _prompt(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"{where}: the prompt is not UTF-8 text") from error
+        raise PromptError(f"{where}: the prompt is not UTF-8 text; convert it first") from error
     prompt = text.replace(r"\n", "\n")
     if not prompt.strip():
         raise PromptError(f"{where}: the prompt is empty; write a question")

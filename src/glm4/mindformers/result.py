@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,6 @@ def _temporary_beside(path: Path) -> Iterator[TextIO]:
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "start from another folder"
         old = "; the file that was there is unchanged" if target.exists() else ""
-        raise OutputError(
-            f"{target} cannot be written: {error.strerror}; free some space or start from another folder{old}"
-        ) from error
+        raise OutputError(f"{target} cannot be written: {error.strerror}; {advice}{old}") from error

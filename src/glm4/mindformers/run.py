@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4.errors import INTERRUPTED, Glm4Error, OptionError, OutputError
+from glm4.errors import INTERRUPTED, Glm4Error, OptionError, OutputError, PromptError
 from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
 from glm4.mindformers.result import answer_line, check_writable, write_results
@@ -55,7 +55,7 @@ def main(argv: Sequence[str], repository: Path | None = None, load: Callable[[En
         print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("\nerror: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -74,10 +74,14 @@ def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
     answer = _answerer(llm, job)
     results, total = [], Throughput()
     for number, prompts in enumerate(job.batches, 1):
-        outputs = answer(prompts)
+        first = (number - 1) * job.batch_size + 1
+        try:
+            outputs = answer(prompts)
+        except PromptError as error:
+            raise PromptError(_which(first, len(prompts), len(job.prompts)) + str(error)) from error
         results.append([output.text for output in outputs])
         _print(answer_line(results[-1]))
-        _warn_of_cut(outputs, first=(number - 1) * job.batch_size + 1)
+        _warn_of_cut(outputs, first)
         write_results(job.result_path, results)  # after each batch, so that a later failure loses nothing
         total.add(llm.last_stats)
     total.log(len(job.prompts))
@@ -94,6 +98,13 @@ def _answerer(llm: LLM, job: PredictJob) -> Callable[[list[str]], list[RequestOu
         log.info("prompts are fed as raw text, without a chat template")
         return lambda prompts: llm.generate(prompts, job.sampling)
     return lambda prompts: llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], job.sampling)
+
+
+def _which(first: int, count: int, total: int) -> str:
+    """Which of `total` prompts an error is about."""
+    if total == 1:
+        return ""
+    return f"prompt {first}: " if count == 1 else f"one of prompts {first} to {first + count - 1}: "
 
 
 def _warn_of_cut(outputs: Sequence[RequestOutput], first: int) -> None:

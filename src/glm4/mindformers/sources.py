@@ -156,9 +156,11 @@ def _texts(node: yaml.Node, name: str, where: str) -> Iterator[str]:
     key = find(name)
     if key is not None and key.path.endswith(".*"):
         return  # a section that is ignored as a whole is not looked into
-    for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-        if not isinstance(item, yaml.ScalarNode):
-            raise OptionError(f"{where} takes a value, not a section below it")
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for item in [node, *items]:
         if item.tag not in _PLAIN_TAGS:
             raise OptionError(f"{where}: the tag {item.tag} is not allowed; write a plain value")
+    for item in items:
+        if not isinstance(item, yaml.ScalarNode):
+            raise OptionError(f"{where} takes a value, not a section below it")
         yield item.value
