@@ -25,6 +25,11 @@ def test_a_device_that_is_not_here_lists_those_that_are(name: str) -> None:
         select_device(name)
 
 
+def test_there_is_only_one_cpu() -> None:
+    with pytest.raises(DeviceError, match="device_id 3: there is only one CPU"):
+        select_device("cpu", 3)
+
+
 def test_auto_dtype_is_the_stored_one() -> None:
     cpu = torch.device("cpu")
     assert select_dtype("auto", "BF16", cpu) is torch.bfloat16

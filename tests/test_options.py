@@ -32,6 +32,17 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
             {"do_sample": True, "temperature": 0},
             "temperature 0 means greedy: raise it, or set do_sample to false",
         ),
+        (
+            SamplingParams,
+            {"min_new_tokens": 9, "max_new_tokens": 8},
+            "min_new_tokens 9 is above max_new_tokens 8: lower one or raise the other",
+        ),
+        (SamplingParams, {"n": 3, "best_of": 2}, "best_of 2 is below n 3: draw at least as many as are kept"),
+        (
+            SamplingParams,
+            {"logit_bias": "[1]"},
+            "logit_bias: '[1]' is no object of token ids and numbers: write it like {\"123\": -5}",
+        ),
         (EngineOptions, {"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, npu"),
         (
             EngineOptions,

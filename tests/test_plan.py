@@ -85,3 +85,8 @@ def test_the_smallest_change_that_fits_is_named(
         plan_of(official(shared, model), dtype).kv_blocks(int(limit * 2**30))
     assert advice in str(caught.value)
     assert gib(int(limit * 2**30)) in str(caught.value)
+
+
+def test_a_limit_of_the_users_own_is_the_first_thing_to_raise(shared: Path) -> None:
+    with pytest.raises(MemoryPlanError, match=r"24\.0 GiB are free, so raise max_device_memory"):
+        plan_of(official(shared, "GLM-4-9B-0414")).kv_blocks(2**30, free=24 * 2**30)

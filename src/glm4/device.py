@@ -38,6 +38,8 @@ def select_device(name: str, index: int = 0) -> torch.device:
         hint = " (install torch_npu and CANN)" if name == "npu" else ""
         raise DeviceError(f"device {name!r} is not available here{hint}; available: {', '.join(there)}")
     if name == "cpu":
+        if index:
+            raise DeviceError(f"device_id {index}: there is only one CPU to choose, number 0; leave device_id out")
         return torch.device("cpu")
     count = torch.get_device_module(name).device_count()
     if index >= count:

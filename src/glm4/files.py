@@ -98,5 +98,5 @@ def decode(data: bytes, where: str | Path) -> str:
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The message of a foreign error, fit to stand inside one of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "…"

@@ -91,6 +91,11 @@ class SamplingParams:
             raise OptionError("stop: an empty text would end every answer at once; leave it out")
         if self.do_sample and self.temperature == 0:
             raise OptionError("temperature 0 means greedy: raise it, or set do_sample to false")
+        if self.max_new_tokens is not None and (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise OptionError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}: lower one or "
+                "raise the other"
+            )
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise OptionError(f"best_of {self.best_of} is below n {self.n or 1}: draw at least as many as are kept")
 

@@ -70,15 +70,17 @@ class MemoryPlan:
         """What it takes to run at all."""
         return self.weights + self.workspace + min(self.context, _LEAST_CONTEXT) * self.kv_per_token
 
-    def kv_blocks(self, limit: int) -> int:
+    def kv_blocks(self, limit: int, free: int = 0) -> int:
         """Blocks of the KV cache that fit beside weights and workspace in `limit`, never more than can be used.
+
+        `free`: what is there, where the user allows less.
 
         Raises MemoryPlanError, naming the smallest change that fits, when the model does not run in `limit`.
         """
         if self.least > limit:
             raise MemoryPlanError(
                 f"{self.dtype} weights take {gib(self.weights)}, with workspace and the shortest useful KV cache "
-                f"{gib(self.least)}, and {gib(limit)} may be used: {self._smallest_change(limit)}"
+                f"{gib(self.least)}, and {gib(limit)} may be used: {self._smallest_change(limit, free)}"
             )
         useful = -(-self.context // self.block_size) * self.max_batch_requests
         return min(self.kv_tokens(limit) // self.block_size, useful)
@@ -87,7 +89,9 @@ class MemoryPlan:
         """Tokens that the KV cache holds in `limit`, however many are useful; 0 when the model does not run in it."""
         return (limit - self.weights - self.workspace) // self.kv_per_token if self.least <= limit else 0
 
-    def _smallest_change(self, limit: int) -> str:
+    def _smallest_change(self, limit: int, free: int) -> str:
+        if self.least <= free:
+            return f"{gib(free)} are free, so raise max_device_memory"
         smaller_step = replace(self, max_batch_tokens=min(self.max_batch_tokens, 256))
         if smaller_step.least <= limit:
             return f"set max_batch_tokens to {smaller_step.max_batch_tokens}"

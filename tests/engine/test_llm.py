@@ -12,7 +12,7 @@ from tiny import TinyCheckpoint, edit_json, write_tiny_chat
 
 from glm4 import LLM, SamplingParams
 from glm4.engine.step import StepPlan, StepResult
-from glm4.errors import EngineError, MemoryPlanError, PromptError
+from glm4.errors import EngineError, MemoryPlanError, OptionError, PromptError
 from glm4.options import EngineOptions
 
 QUESTIONS = ["请介绍一下北京", "What is the capital of France?", "你好", "三加五等于几？" * 9]
@@ -187,6 +187,12 @@ def test_prompts_that_are_refused(llm: LLM, prompt: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         llm.generate([prompt])
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("params", [{"stop_token_ids": (10**6,)}, {"logit_bias": {"1000000": 1}}], ids=str)
+def test_ids_that_are_no_tokens_are_refused(llm: LLM, params: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"1000000 is no token: ids end at \d+"):
+        llm.generate("abc", SamplingParams(**params))
 
 
 def test_one_bad_prompt_of_several_leaves_nothing_behind(llm: LLM) -> None:

@@ -62,14 +62,21 @@ def _(bench: Bench) -> Ran:
     return bench.generate("--max-device-memory", "lots")
 
 
-@case("the model does not fit")
+@case("`--max-device-memory 1MB`")
 def _(bench: Bench) -> Ran:
     return bench.generate("--max-device-memory", "1MB")
 
 
+@case("the model does not fit")
+def _(bench: Bench) -> Ran:
+    bench.monkeypatch.setattr("glm4.device.free_memory", lambda device: 2**20)
+    return bench.generate()
+
+
 @case("it would fit with a smaller step")
 def _(bench: Bench) -> Ran:
-    return bench.generate("--max-device-memory", "3MB")
+    bench.monkeypatch.setattr("glm4.device.free_memory", lambda device: 3 * 2**20)
+    return bench.generate()
 
 
 @case("`plan --memory` is too small")

@@ -13,7 +13,7 @@ from glm4.engine.request import Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
 from glm4.engine.speculative import PromptLookup, Speculator
 from glm4.engine.step import Runner, StepPlan, StepResult, TokenLogprobs
-from glm4.errors import EngineError, Glm4Error, PromptError
+from glm4.errors import EngineError, Glm4Error, OptionError, PromptError
 from glm4.options import EngineOptions, SamplingParams
 from glm4.text.detokenizer import Detokenizer
 from glm4.text.tokenizer import Tokenizer
@@ -110,6 +110,7 @@ class Engine:
         params = (sampling or SamplingParams()).over(self.defaults)
         seed = self._seed + request_id if params.seed is None else params.seed + choice
         params = replace(params, seed=seed)
+        self._check_ids(params)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.eos_token_ids))
         prompt_len = len(prompt_token_ids)
@@ -133,6 +134,12 @@ class Engine:
         if not 0 <= min(token_ids) <= max(token_ids) < self.tokenizer.vocab_size:
             raise PromptError(f"the prompt holds a token id outside 0 … {self.tokenizer.vocab_size - 1}")
 
+    def _check_ids(self, params: SamplingParams) -> None:
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", [i for i, _ in params.logit_bias])):
+            beyond = [token_id for token_id in ids if token_id >= self.tokenizer.vocab_size]
+            if beyond:
+                raise OptionError(f"{name}: {beyond[0]} is no token: ids end at {self.tokenizer.vocab_size - 1}")
+
     def step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that got further.
 
@@ -148,7 +155,10 @@ class Engine:
             self.abort(*self._answers)
             if isinstance(error, Glm4Error):
                 raise
-            raise EngineError(f"the step failed: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise EngineError(
+                f"the step failed: {reason}; ask again, with a smaller max_batch_tokens if memory ran out"
+            ) from error
         self.stats.add(plan, result, time.perf_counter() - started)
         if self._speculator is not None:
             self._speculator.learn(plan, result)

@@ -76,10 +76,9 @@ class LLM:
         dtype = devices.select_dtype(options.dtype, stored, device)
         max_len = _max_model_len(options, config)
         plan = MemoryPlan.of(config, options, str(dtype).removeprefix("torch."), max_len)
-        limit = devices.free_memory(device)
-        if options.max_device_memory is not None:
-            limit = min(limit, options.max_device_memory)
-        num_blocks = plan.kv_blocks(limit)
+        free = devices.free_memory(device)
+        limit = min(free, options.max_device_memory or free)
+        num_blocks = plan.kv_blocks(limit, free)
         log.info(
             "%s, %s on %s: weights %s, KV cache for %d tokens, %s allowed",
             folder.path.name, plan.dtype, device, gib(plan.weights), num_blocks * options.block_size, gib(limit),

@@ -101,8 +101,7 @@ def penalise(row: Tensor, state: SamplingState) -> None:
     """
     sampling = state.sampling
     for token_id, bias in sampling.logit_bias:
-        if token_id < len(row):
-            row[token_id] += bias
+        row[token_id] += bias
     penalty = sampling.repetition_penalty or 1.0
     if penalty != 1:
         seen = torch.tensor(sorted(set(state.token_ids)), device=row.device)

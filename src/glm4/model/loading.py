@@ -17,7 +17,7 @@ _TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def as_tensor(raw: RawTensor) -> Tensor:
-    """A view of the file's memory; it must not be written to."""
+    """A view of the file's memory, mapped read-only: writing to it in place ends the process with a segfault."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(raw.buffer, dtype=_TORCH_DTYPES[raw.dtype]).view(raw.shape)
