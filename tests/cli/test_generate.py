@@ -47,7 +47,7 @@ def test_the_model_from_the_environment(bench: Bench, reference: Reference) -> N
 
 def test_stats(bench: Bench, reference: Reference) -> None:
     ran = bench.generate("--stats", "-o", "max_new_tokens", "5")
-    counts = re.findall(r"(prefill|decode) (\d+) tokens, [\d.]+ s, [\d.]+ tokens/s", ran.err)
+    counts = re.findall(r"(prefill|decode): (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s", ran.err)
     assert counts == [("prefill", str(reference.count(f"{START}<|user|>\nhi{END}"))), ("decode", "4")]
     assert "tokens/s" not in ran.out
 

@@ -315,3 +315,8 @@ def test_a_prompt_seen_before_is_not_computed_again(tiny: TinyCheckpoint, llm: L
         same = uncached.generate([prompt], replace(FREE, temperature=0.5, repetition_penalty=1.3, seed=4))
         assert uncached.last_stats.prefill_tokens == 200
     assert again[0].token_ids == same[0].token_ids
+
+
+def test_a_stream_of_several_answers_is_refused(llm: LLM) -> None:
+    with pytest.raises(OptionError, match="n: a stream is one answer"):
+        llm.stream("abc", replace(FREE, n=2))

@@ -20,7 +20,7 @@ from glm4.cli.common import (
     sampling_option,
     verbose_option,
 )
-from glm4.cli.generate import show, stats_line
+from glm4.cli.generate import show
 from glm4.errors import Glm4Error, OptionError, OutputError
 from glm4.options import nearest
 
@@ -136,7 +136,7 @@ class Chat:
             case "/save":
                 self._save(rest)
             case "/stats":
-                click.echo(stats_line(self.llm))
+                click.echo("; ".join(self.llm.last_stats.lines()))
             case _:
                 known = [what.split()[0] for what in _HELP]
                 click.echo(f"unknown command {name!r}{nearest(name, known)} (begin a question with a space)")

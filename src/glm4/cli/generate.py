@@ -21,7 +21,6 @@ from glm4.errors import OptionError, PromptError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from glm4.engine.llm import LLM
     from glm4.engine.request import RequestOutput
 
 
@@ -71,7 +70,7 @@ def command(
         count = len(last.token_ids)
         click.echo(f"(stopped after {count} token{'' if count == 1 else 's'}, the limit)", err=True)
     if stats:
-        click.echo(stats_line(llm), err=True)
+        click.echo("; ".join(llm.last_stats.lines()), err=True)
 
 
 def read_prompt(words: tuple[str, ...]) -> str:
@@ -114,15 +113,3 @@ def show(outputs: Iterable[RequestOutput], *, thinks: bool, hide_thoughts: bool 
     click.echo()
     assert last is not None  # a request gives at least one output
     return last
-
-
-def stats_line(llm: LLM) -> str:
-    """Tokens and tokens/s of the last answer's prefill and decode."""
-    stats = llm.last_stats
-    return "; ".join(
-        f"{name} {tokens} tokens, {seconds:.2f} s, {tokens / seconds if seconds else 0:.1f} tokens/s"
-        for name, tokens, seconds in (
-            ("prefill", stats.prefill_tokens, stats.prefill_seconds),
-            ("decode", stats.decode_tokens, stats.decode_seconds),
-        )
-    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from glm4.engine.bench_ceilings import Ceilings, Work
 from glm4.engine.bench_load import Job
-from glm4.engine.engine import Engine, EngineStats
+from glm4.engine.engine import Engine
 from glm4.engine.request import RequestOutput
+from glm4.engine.stats import EngineStats
 from glm4.options import SamplingParams
 
 Json = dict[str, Any]
@@ -164,7 +165,7 @@ def joined(runs: Sequence[Run]) -> Run:
     """Several runs, one after the other, as one."""
     return Run(
         requests=[times for run in runs for times in run.requests],
-        stats=EngineStats(*(sum(column) for column in zip(*(astuple(run.stats) for run in runs), strict=True))),
+        stats=sum((run.stats for run in runs), EngineStats()),
         seconds=sum(run.seconds for run in runs),
         decode_steps=sum(run.decode_steps for run in runs),
     )

@@ -12,30 +12,12 @@ from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
 from glm4.engine.speculative import PromptLookup, Speculator
-from glm4.engine.step import Runner, StepPlan, StepResult, TokenLogprobs
+from glm4.engine.stats import EngineStats
+from glm4.engine.step import Runner, StepResult, TokenLogprobs
 from glm4.errors import EngineError, Glm4Error, OptionError, PromptError
 from glm4.options import EngineOptions, SamplingParams
 from glm4.text.detokenizer import Detokenizer
 from glm4.text.tokenizer import Tokenizer
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Where the time went. A step counts as prefill when it computes any prompt token."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    def add(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        """Count one executed step."""
-        if all(step.start > 0 and step.logits_at[:1] == [0] for step in plan.requests):
-            self.decode_tokens += sum(len(each.token_ids) for each in result.results.values())
-            self.decode_seconds += seconds
-        else:
-            self.prefill_tokens += sum(len(step.token_ids) for step in plan.requests)
-            self.prefill_seconds += seconds
 
 
 @dataclass(slots=True)
@@ -159,7 +141,7 @@ class Engine:
             raise EngineError(
                 f"the step failed: {reason}; ask again, with a smaller max_batch_tokens if memory ran out"
             ) from error
-        self.stats.add(plan, result, time.perf_counter() - started)
+        self.stats.count(plan, result, time.perf_counter() - started)
         if self._speculator is not None:
             self._speculator.learn(plan, result)
         for step in plan.requests:

@@ -17,8 +17,9 @@ from typing_extensions import TypeIs
 from glm4 import device as devices
 from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import Checkpoint
-from glm4.engine.engine import Engine, EngineStats
+from glm4.engine.engine import Engine
 from glm4.engine.request import RequestOutput
+from glm4.engine.stats import EngineStats
 from glm4.engine.torch_runner import TorchRunner
 from glm4.errors import OptionError
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
@@ -154,6 +155,8 @@ class LLM:
 
         Leaving the loop early ends the request and frees its blocks.
         """
+        if (sampling or SamplingParams()).over(self.engine.defaults).n != 1:
+            raise OptionError("n: a stream is one answer; leave n out, or take several with generate or chat")
         if _is_conversation(prompt):
             return self._stream([self.encode_chat(prompt, tools)], sampling, chat=True)
         return self._stream([self._as_ids(prompt)], sampling, chat=False)

@@ -10,10 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4.engine.stats import EngineStats
 from glm4.errors import INTERRUPTED, Glm4Error, OptionError, OutputError, PromptError
 from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
@@ -72,7 +72,7 @@ def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
     llm = load(job.engine)
     log.info("ready after %.2f s", time.perf_counter() - started)
     answer = _answerer(llm, job)
-    results, total = [], Throughput()
+    results, total = [], EngineStats()
     for number, prompts in enumerate(job.batches, 1):
         first = (number - 1) * job.batch_size + 1
         try:
@@ -83,8 +83,10 @@ def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
         _print(answer_line(results[-1]))
         _warn_of_cut(outputs, first)
         write_results(job.result_path, results)  # after each batch, so that a later failure loses nothing
-        total.add(llm.last_stats)
-    total.log(len(job.prompts))
+        total += llm.last_stats
+    log.info("answered %d prompt%s", len(job.prompts), "" if len(job.prompts) == 1 else "s")
+    for line in total.lines():
+        log.info(line)
     command = "chat" if llm.has_chat_template else "generate '从前，'"
     print(f"\nresult: {job.result_path}", file=sys.stderr)
     print(f"next:   {_python()} -m glm4 {command} -m {shlex.quote(job.engine.model)}", file=sys.stderr)
@@ -115,33 +117,6 @@ def _warn_of_cut(outputs: Sequence[RequestOutput], first: int) -> None:
                 number,
                 len(output.token_ids),
             )
-
-
-@dataclass(slots=True)
-class Throughput:
-    """Tokens and seconds of prefill and decode, added up over the batches."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    def add(self, stats: Any) -> None:
-        """Add those of the model's last call."""
-        self.prefill_tokens += stats.prefill_tokens
-        self.prefill_seconds += stats.prefill_seconds
-        self.decode_tokens += stats.decode_tokens
-        self.decode_seconds += stats.decode_seconds
-
-    def log(self, prompts: int) -> None:
-        """One line each for prefill and decode."""
-        log.info("answered %d prompt%s", prompts, "" if prompts == 1 else "s")
-        for phase, tokens, seconds in (
-            ("prefill", self.prefill_tokens, self.prefill_seconds),
-            ("decode", self.decode_tokens, self.decode_seconds),
-        ):
-            rate = f"{tokens / seconds:.1f}" if seconds > 0 else "—"
-            log.info("%s: %d tokens in %.2f s, %s tokens/s", phase, tokens, seconds, rate)
 
 
 @contextmanager
