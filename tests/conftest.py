@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is first imported
+# Started in the background, this process ignores Ctrl-C, and so would every program that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("glm4", deadline=None)  # machines that run tests are busy; no test measures time
 settings.load_profile("glm4")
 
