@@ -27,7 +27,7 @@ def run_without(blocked: set[str], code: str) -> subprocess.CompletedProcess[str
 
 
 def test_public_names() -> None:
-    assert sorted(glm4.__all__) == ["Glm4Error", "LLM", "RequestOutput", "SamplingParams", "__version__"]
+    assert sorted(glm4.__all__) == ["AsyncLLM", "Glm4Error", "LLM", "RequestOutput", "SamplingParams", "__version__"]
     assert set(glm4.__all__) <= set(dir(glm4))
     for name in glm4.__all__:
         assert getattr(glm4, name) is not None

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glm4.engine.async_llm import AsyncLLM as AsyncLLM
     from glm4.engine.llm import LLM as LLM
     from glm4.engine.request import RequestOutput as RequestOutput
     from glm4.errors import Glm4Error as Glm4Error
@@ -28,12 +29,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncLLM": "glm4.engine.async_llm",
     "LLM": "glm4.engine.llm",
     "RequestOutput": "glm4.engine.request",
     "SamplingParams": "glm4.options",
     "Glm4Error": "glm4.errors",
 }
-__all__ = ["LLM", "Glm4Error", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "Glm4Error", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
