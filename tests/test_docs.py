@@ -64,7 +64,7 @@ def test_command(command: str, tmp_path: Path) -> None:
     else:
         done = run(command, tmp_path, standard_input="你好\n" if "chat" in words else "")
     assert done.returncode == 0, done.stderr
-    assert done.stdout
+    assert done.stdout or done.stderr
 
 
 def test_run_mindformer_writes_its_result(tmp_path: Path) -> None:
