@@ -299,7 +299,7 @@ def test_drain_finishes_what_is_there_and_shutdown_leaves_no_process(folder: Pat
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_too_many_crashes_end_it_and_shutdown_ends_what_runs(folder: Path) -> None:
+def test_too_many_crashes_end_it(folder: Path) -> None:
     async def main() -> None:
         policy = RestartPolicy(max_restarts=1, backoff=0.0, wait=False)
         async with AsyncLLM(folder, restarts=policy) as llm:
@@ -322,6 +322,24 @@ def test_too_many_crashes_end_it_and_shutdown_ends_what_runs(folder: Path) -> No
             assert (llm.health, llm.pid) == ("dead", None)
             with pytest.raises(EngineError, match="after 1 restarts"):
                 await read(llm, ask("hi"))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_shutdown_ends_what_runs_and_kills_an_engine_that_hangs(folder: Path) -> None:
+    async def main() -> None:
+        llm = await AsyncLLM(folder).start()
+        task = asyncio.create_task(read(llm, ask("hi"), LONG))
+        while (await llm.stats()).running == 0:
+            await asyncio.sleep(0.001)
+        pid = kill(llm, signal.SIGSTOP)
+        stats = asyncio.create_task(llm.stats())
+        await asyncio.sleep(0)
+        await llm.shutdown(timeout=0.1)
+        for waiting in (task, stats):
+            with pytest.raises(EngineError, match="shut down"):
+                await waiting
+        assert not is_alive(pid)
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

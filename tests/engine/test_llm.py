@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,50 @@ def test_a_prompt_seen_before_is_not_computed_again(tiny: TinyCheckpoint, llm: L
 def test_a_stream_of_several_answers_is_refused(llm: LLM) -> None:
     with pytest.raises(OptionError, match="n: a stream is one answer"):
         llm.stream("abc", replace(FREE, n=2))
+
+
+def test_streams_side_by_side_keep_their_words_apart(llm: LLM) -> None:
+    alone = [llm.chat(ask(question), FREE)[0].text for question in QUESTIONS[:2]]
+    first, second = (llm.stream(ask(question), FREE) for question in QUESTIONS[:2])
+    words = [next(first).delta, next(second).delta]
+    [between] = llm.chat(ask(QUESTIONS[0]), FREE)
+    words[1] += "".join(output.delta for output in second)
+    words[0] += "".join(output.delta for output in first)
+    assert words == alone
+    assert between.text == alone[0]
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+
+
+def test_several_threads_may_share_a_model(llm: LLM) -> None:
+    alone = {question: llm.chat(ask(question), FREE)[0].token_ids for question in QUESTIONS}
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda question: llm.chat(ask(question), FREE)[0].token_ids, QUESTIONS * 4)
+        assert list(answers) == [alone[question] for question in QUESTIONS * 4]
+
+
+def test_a_failing_step_is_told_to_every_open_stream(tiny: TinyCheckpoint) -> None:
+    llm = LLM(tiny.path)
+    first, second = (llm.stream("abc", FREE) for _ in range(2))
+    next(first)
+    next(second)
+
+    def fail(plan: StepPlan) -> StepResult:
+        raise RuntimeError("the card fell out")
+
+    llm.engine.runner.execute = fail  # type: ignore[method-assign]
+    for stream in (first, second):
+        with pytest.raises(EngineError, match="the card fell out"):
+            list(stream)
+
+
+def test_damaged_weights_are_an_error_and_no_answer(tiny: TinyCheckpoint) -> None:
+    llm = LLM(tiny.path)
+    llm.model.norm = torch.full_like(llm.model.norm, float("nan"))
+    with pytest.raises(EngineError, match=r"not finite.*a weight is damaged"):
+        llm.generate("abc", FREE)
+    assert not llm.engine.has_work
+
+
+def test_messages_are_not_prompts(llm: LLM) -> None:
+    with pytest.raises(PromptError, match="messages go to chat"):
+        llm.generate([ask("hi")[0]])  # type: ignore[list-item]

@@ -68,7 +68,7 @@ def latency(
       glm4 bench latency -m /path/hf_dir
       glm4 bench latency -m DIR --prompt-tokens 4096 --new-tokens 64 --dtype bfloat16
     """
-    ceilings = None if no_ceilings else _measure(model, options)
+    ceilings = _measure(model, options) if model and not no_ceilings else None
     llm = load(model, options)
     from glm4.engine.bench import drive, joined, report
     from glm4.engine.bench_load import Job, random_prompts
@@ -130,7 +130,7 @@ def throughput(
         jobs = arriving_at_random(jobs, rate, bench_seed)
     elif arrivals is None:
         jobs = [replace(job, arrival=0.0) for job in jobs]
-    ceilings = None if no_ceilings else _measure(model, options)
+    ceilings = _measure(model, options) if model and not no_ceilings else None
     llm = load(model, options)
     from glm4.engine.bench import drive, report
 
@@ -170,11 +170,11 @@ def _check_load(trace: str | None, scale_lengths: float, rate: float | None, arr
         raise OptionError("--arrivals trace and --rate both say when requests come: leave one of them out")
 
 
-def _measure(model: str | None, options: dict[str, Any]) -> Ceilings:
+def _measure(model: str, options: dict[str, Any]) -> Ceilings:
     said = {name: value for name, value in options.items() if value is not None}
     from glm4.engine.bench_ceilings import measure_ceilings
 
-    return measure_ceilings(options_from(EngineOptions, {"model": model or "", **said}))
+    return measure_ceilings(options_from(EngineOptions, {"model": model, **said}))
 
 
 def _conditions(llm: LLM) -> Json:

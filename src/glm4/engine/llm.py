@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from math import inf
@@ -21,7 +23,7 @@ from glm4.engine.engine import Engine
 from glm4.engine.request import RequestOutput
 from glm4.engine.stats import EngineStats
 from glm4.engine.torch_runner import TorchRunner
-from glm4.errors import OptionError
+from glm4.errors import Glm4Error, OptionError, PromptError
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
 from glm4.model.loading import load_model
 from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from
@@ -68,6 +70,9 @@ class LLM:
         generation = folder.read_json("generation_config.json", required=False) or {}
         self.engine = self._build_engine(folder, folder_sampling(generation, self.thinks), on_load)
         self.last_stats = EngineStats()
+        self._lock = threading.RLock()
+        self._inboxes: dict[int, deque[RequestOutput | Glm4Error]] = {}
+        """Where the outputs of each open request go: one inbox for each call, from whichever thread."""
 
     def _build_engine(self, folder: ModelFolder, said: SamplingParams, on_load: Callable[[int, int], None]) -> Engine:
         options, config = self.options, self.config
@@ -162,7 +167,11 @@ class LLM:
         return self._stream([self._as_ids(prompt)], sampling, chat=False)
 
     def _as_ids(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not all(isinstance(token_id, int) for token_id in prompt):
+            raise PromptError("a prompt is a text or a list of token ids; messages go to chat")
+        return list(prompt)
 
     def _run(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> list[RequestOutput]:
         params = (sampling or SamplingParams()).over(self.engine.defaults)
@@ -181,15 +190,43 @@ class LLM:
     ) -> Generator[RequestOutput]:
         engine = self.engine
         ids: list[int] = []
-        engine.stats = self.last_stats = EngineStats()
+        mine: deque[RequestOutput | Glm4Error] = deque()
         try:
-            for prompt in prompts:
-                ids.append(first := engine.add(prompt, sampling, chat=chat))
-                ids.extend(engine.add(prompt, sampling, chat=chat, choice=i, after=first) for i in range(1, choices))
-            while engine.has_work:
-                yield from engine.step()
+            with self._lock:
+                engine.stats = self.last_stats = EngineStats()
+                for prompt in prompts:
+                    ids.append(first := engine.add(prompt, sampling, chat=chat))
+                    ids.extend(
+                        engine.add(prompt, sampling, chat=chat, choice=choice, after=first)
+                        for choice in range(1, choices)
+                    )
+                self._inboxes |= dict.fromkeys(ids, mine)
+            open_ids = set(ids)
+            while open_ids:
+                output = self._next(mine)
+                if output.finish_reason is not None:
+                    open_ids.discard(output.request_id)
+                yield output
         finally:
-            engine.abort(*ids)
+            with self._lock:
+                engine.abort(*ids)
+                for request_id in ids:
+                    self._inboxes.pop(request_id, None)
+
+    def _next(self, mine: deque[RequestOutput | Glm4Error]) -> RequestOutput:
+        """The next output of `mine`; a step serves every open call, so each one's outputs go to its own inbox."""
+        with self._lock:
+            while not mine:
+                try:
+                    for output in self.engine.step():
+                        self._inboxes[output.request_id].append(output)
+                except Glm4Error as error:  # it has ended every request
+                    for inbox in {id(each): each for each in self._inboxes.values()}.values():
+                        inbox.append(error)
+            item = mine.popleft()
+        if isinstance(item, Glm4Error):
+            raise item
+        return item
 
 
 def _mean_logprob(output: RequestOutput) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from glm4.engine.sampler import Sampler, SamplingState, token_logprobs
 from glm4.engine.step import RequestResult, RequestStep, StepPlan, StepResult, TokenLogprobs
+from glm4.errors import EngineError
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.ops.attention import make_batch
 
@@ -80,6 +81,8 @@ class TorchRunner:
         if not wanted:
             return {}
         logits = self.model.logits(hidden[[first + i for _, first, i in wanted]])
+        if not bool(logits.isfinite().all()):
+            raise EngineError("the logits are not finite: a weight is damaged, so fetch the model again")
         states = [self._states[step.request_id].cut(step.start + i + 1) for step, _, i in wanted]
         masks = {
             row: plan.grammar_masks[step.request_id]
