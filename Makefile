@@ -8,12 +8,16 @@ READY  := $(VENV)/.ready
 MODEL  ?= demo/glm4-demo
 PROMPT ?= 请介绍一下北京
 CONFIG ?= configs/glm4/predict_glm4.yaml
+# As they were written: a $ in a prompt is a dollar sign.
+override MODEL  := $(value MODEL)
+override PROMPT := $(value PROMPT)
+override CONFIG := $(value CONFIG)
 export MODEL PROMPT CONFIG
 
 .PHONY: help run test lint format env demo clean
 
 help:
-	@echo "make run                      answer '$(PROMPT)' with the demo model"
+	@echo "make run                      answer one question with the demo model"
 	@echo "make run PROMPT='…' MODEL=DIR answer another question with another folder"
 	@echo "make test                     run all tests"
 	@echo "make lint                     ruff, mypy --strict and the import contract"
@@ -24,7 +28,7 @@ help:
 
 run: $(READY)
 	@$(BIN)/python run_mindformer.py --config "$$CONFIG" --run_mode predict --use_parallel False \
-		--pretrained_model_dir "$$MODEL" --predict_data "$$PROMPT"
+		--pretrained_model_dir="$$MODEL" --predict_data="$$PROMPT"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

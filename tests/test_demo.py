@@ -112,3 +112,34 @@ def test_make_run_answers(tmp_path: Path) -> None:
     assert done.stdout == f"'text_generation_text': [{batch['text_generation_text'][0]}]\n"
     assert "text_generation_result.txt" in done.stderr
     assert re.search(r"^next: .*glm4 chat -m ", done.stderr, re.MULTILINE)
+
+
+def test_the_thought_goes_to_the_log_and_the_answer_to_the_result(tmp_path: Path) -> None:
+    argv = ["--config", "configs/glm4/predict_glm4.yaml", "--do_sample", "False", "--predict_data", "三加五等于几？"]
+    model = ["--pretrained_model_dir", str(DEMO / "glm4-z1-demo")]
+    program = [sys.executable, str(REPOSITORY / "run_mindformer.py")]
+    done = subprocess.run([*program, *argv, *model], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "'text_generation_text': [三加五等于八。]\n"
+    assert "thought: " in done.stderr
+
+
+@pytest.mark.parametrize("prompt", ['it\'s "quoted" $HOME', "costs $5 (US)", "$(shell echo no)", "--seed"])
+def test_make_run_hands_the_prompt_on_as_it_was_written(prompt: str, tmp_path: Path) -> None:
+    """A stand-in for the program prints what it was given."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
+    stand_in.chmod(0o755)
+    (tmp_path / ".ready").touch()
+    command = [
+        "make",
+        "run",
+        f"VENV={tmp_path}",
+        f"READY={tmp_path}/.ready",
+        f"PROMPT={prompt}",
+        "-o",
+        f"{tmp_path}/.ready",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"--predict_data={prompt}"

@@ -43,6 +43,12 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
             {"logit_bias": "[1]"},
             "logit_bias: '[1]' is no object of token ids and numbers: write it like {\"123\": -5}",
         ),
+        (SamplingParams, {"temperature": "inf"}, "temperature: inf is not a finite number"),
+        (
+            EngineOptions,
+            {"max_device_memory": "59"},
+            "max_device_memory: '59' is not an amount of memory: write it like 59GB or 800MB",
+        ),
         (EngineOptions, {"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, npu"),
         (
             EngineOptions,
@@ -73,7 +79,8 @@ def test_texts_become_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("59GB", 59 * 2**30), ("800 mb", 800 * 2**20), ("2GiB", 2**31), ("5k", 5120), (77, 77), ("8", 8)]
+    ("text", "size"),
+    [("59GB", 59 * 2**30), ("800 mb", 800 * 2**20), ("2GiB", 2**31), ("5k", 5120), (77, 77), ("8B", 8)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -120,14 +121,14 @@ class SamplingParams:
 
 
 def parse_size(value: str | int) -> int:
-    """Bytes in `value`: "59GB" (2**30 each, as MindSpore counts), "800MB", or a plain number of bytes.
+    """Bytes in `value`: "59GB" (2**30 each, as MindSpore counts) or "800MB"; a whole number, not a text, is bytes.
 
     Raises OptionError for anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)I?B?\s*", str(value), re.IGNORECASE)
-    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMGT])I?B?|B)\s*", str(value), re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper())) if match else 0
     if size <= 0:
         raise OptionError(f"{value!r} is not an amount of memory: write it like 59GB or 800MB")
     return size
@@ -194,6 +195,8 @@ def _check_type(option: Field[Any], value: Any) -> None:
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise OptionError(f"{option.name}: {value!r} is not {_KIND_NAMES[kind]}")
+    if isinstance(value, float) and math.isinf(value):
+        raise OptionError(f"{option.name}: {value} is not a finite number")
 
 
 def _range_text(low: float | None, high: float | None, above: float | None) -> str:

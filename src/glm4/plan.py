@@ -105,7 +105,10 @@ class MemoryPlan:
         for cards in (2, 4, 8):
             shared = replace(self, cards=cards, dtype="bfloat16")
             if self.config.num_attention_heads % cards == 0 and shared.least <= limit:
-                return f"share bfloat16 weights among {cards} cards of this size ({gib(shared.least)} each)"
+                return (
+                    f"share bfloat16 weights among {cards} cards of this size ({gib(shared.least)} each; several cards "
+                    "are not in this version yet)"
+                )
         return "it needs a larger machine; `glm4 plan` shows what fits where"
 
 

@@ -276,7 +276,7 @@ def _(bench: Bench) -> Ran:
     return finish(process)
 
 
-@case("Ctrl-C while `run_mindformer.py` answers (the old result stays)")
+@case("Ctrl-C while `run_mindformer.py` answers its first batch (the old result stays)")
 def _(bench: Bench) -> Ran:
     long_context(bench)
     RESULT.write_text("old")

@@ -119,7 +119,7 @@ class TestOfficialYaml:
         text = (REPOSITORY / "configs/glm4/predict_glm4.yaml").read_text(encoding="utf-8")
         read = job("--pretrained_model_dir", "model", text=re.sub(r"(?m)^(\s*)# (\s*\w+:)", r"\1\2", text))
         assert (read.sampling.max_new_tokens, read.sampling.top_k, read.sampling.do_sample) == (512, 40, True)
-        assert (read.engine.max_model_len, read.engine.device) == (8192, "npu")
+        assert (read.engine.max_model_len, read.engine.device) == (None, "npu")
 
 
 class TestFlags:
@@ -427,7 +427,7 @@ class TestParallel:
                 ("--use_parallel", "True", "--parallel_config.model_parallel", "2"),
                 "1",
                 "the parallel degrees multiply to 2, but the number of processes (WORLD_SIZE) is 1: "
-                'start bash scripts/msrun_launcher.sh "run_mindformer.py …" 2',
+                "set the degrees to 1 and start one process (several cards are not in this version yet)",
             ),
             (
                 (
@@ -454,9 +454,13 @@ class TestParallel:
     def test_refusals(self, flags: tuple[str, ...], processes: str, expected: str) -> None:
         assert refusal(*flags, environment={"WORLD_SIZE": processes}).startswith(expected)
 
-    def test_the_32b_yaml_asks_for_two_processes(self) -> None:
+    def test_the_32b_yaml_runs_in_one_process(self) -> None:
         text = (REPOSITORY / "configs/glm4/predict_glm4_32b.yaml").read_text(encoding="utf-8")
-        assert "multiply to 2" in refusal("--pretrained_model_dir", "model", text=text)
+        assert job("--pretrained_model_dir", "model", text=text).engine.max_device_memory == 78 * 2**30
+
+    @pytest.mark.parametrize("name", ["n", "best_of", "logprobs", "prompt_logprobs"])
+    def test_what_the_result_file_has_no_place_for(self, name: str) -> None:
+        assert "the result file has one text for a prompt" in refusal(f"--generation_config.{name}", "2")
 
 
 class TestMissing:

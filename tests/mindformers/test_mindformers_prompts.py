@@ -93,9 +93,9 @@ def test_a_folder_is_an_error_when_written_as_a_path() -> None:
     assert read_prompts(["docs"]) == ("docs",)
 
 
-def test_several_values_are_prompts_even_if_they_name_files() -> None:
+def test_one_value_may_be_a_file_and_several_are_prompts() -> None:
     Path("a.txt").write_text("from the file")
-    assert read_prompts(["a.txt", "b.txt"]) == ("a.txt", "b.txt")
+    assert read_prompts(["one", "two"]) == ("one", "two")
     assert read_prompts(["a.txt"]) == ("from the file",)
 
 
@@ -166,3 +166,11 @@ def test_an_empty_prompt(prompt: str) -> None:
 def test_a_prompt_that_the_shell_passed_in_another_encoding() -> None:
     message = refusal(b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert message == "predict_data: the prompt is not UTF-8 text; convert it first"
+
+
+def test_files_do_not_hide_among_prompts(folder: Path) -> None:
+    (folder / "one.txt").write_text("hi")
+    assert refusal("one.txt", "two") == (
+        "predict_data one.txt is a file, and so only it can be given: put the prompts into one file"
+    )
+    assert refusal("hi", "nofile.txt").startswith("predict_data nofile.txt: no such file")

@@ -30,6 +30,7 @@ class EchoLLM:
 
     options: EngineOptions
     has_chat_template: bool = True
+    thinks: bool = False
     finish_reason: str = "stop"
     calls: list[tuple[str, int, SamplingParams]] = field(default_factory=list)
     last_stats = SimpleNamespace(prefill_tokens=10, prefill_seconds=0.5, decode_tokens=6, decode_seconds=0.25)

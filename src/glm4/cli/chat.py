@@ -65,7 +65,7 @@ def command(
       glm4 chat -m DIR -s '你是一名导游' -o temperature 0.7
     """
     check_utf8(system or "", "--system")
-    params = sampling_from(sampling)
+    params = sampling_from(sampling, one_text=True)
     llm = load(model, options)
     if not llm.has_chat_template:
         raise OptionError(f"{model} has no chat template, as base models do: use `glm4 generate --raw`")

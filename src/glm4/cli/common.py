@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+_NOT_SHOWN = ("n", "best_of", "logprobs", "prompt_logprobs")
+
 _METAVARS = {int: "N", float: "X", bool: "True|False", str: "TEXT"}
 
 
@@ -52,17 +54,22 @@ def _metavar(option: Field[Any]) -> str:
 
 
 def sampling_option(command: Command) -> Command:
-    """-o key value, any SamplingParams field, as often as needed."""
-    names = ", ".join(option.name for option in fields(SamplingParams))
+    """-o key value, any SamplingParams field that a single shown answer has a use for, as often as needed."""
+    names = ", ".join(option.name for option in fields(SamplingParams) if option.name not in _NOT_SHOWN)
     return click.option(
         "-o", "--option", "sampling", nargs=2, multiple=True, metavar="KEY VALUE", help=f"how to answer: {names}"
     )(command)
 
 
-def sampling_from(pairs: tuple[tuple[str, str], ...]) -> SamplingParams:
-    """SamplingParams from the values of -o; a repeated `stop` or `stop_token_ids` adds up."""
+def sampling_from(pairs: tuple[tuple[str, str], ...], one_text: bool = False) -> SamplingParams:
+    """SamplingParams from the values of -o; a repeated `stop` or `stop_token_ids` adds up.
+
+    `one_text`: the command shows one answer's words, so OptionError for options that ask for anything else.
+    """
     values: dict[str, Any] = {}
     for key, value in pairs:
+        if one_text and key in _NOT_SHOWN:
+            raise OptionError(f"-o {key}: this command shows the words of one answer; use glm4 batch, or LLM in Python")
         if key in ("stop", "stop_token_ids"):
             values.setdefault(key, []).append(value)
         else:

@@ -56,7 +56,7 @@ def command(
     if raw and system:
         raise OptionError("--system needs the chat template: leave out --raw, or write the text into the prompt")
     check_utf8(system or "", "--system")
-    params = sampling_from(sampling)
+    params = sampling_from(sampling, one_text=True)
     llm = load(model, options)
     if not raw and not llm.has_chat_template:
         raise OptionError(f"{model} has no chat template, as base models do: pass --raw to continue the text as it is")

@@ -84,7 +84,7 @@ class Comparison:
 @click.option("--tokens", type=click.IntRange(1, 512), default=32, show_default=True, help="greedy tokens per prompt")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="use this prompt instead (repeatable)")
 def command(model: str, dtype: str, device: str, tokens: int, prompts: tuple[str, ...]) -> None:
-    """Compare the folder MODEL here with transformers (needs `pip install 'glm4[verify]'`).
+    """Compare the folder MODEL here with transformers (needs `pip install 'transformers>=5'`).
 
     One model is in memory at a time. Leaves with 0 when it is Validated and 1 when it is not.
 
@@ -94,7 +94,7 @@ def command(model: str, dtype: str, device: str, tokens: int, prompts: tuple[str
       glm4 verify /path/hf_dir --dtype bfloat16 --tokens 64
     """
     if importlib.util.find_spec("transformers") is None:
-        raise OptionError("verify compares with transformers, which is not installed: pip install 'glm4[verify]'")
+        raise OptionError("verify compares with transformers, which is not installed: pip install 'transformers>=5'")
     click.echo("running here …", err=True)
     ids, ours, our_answers, unknown = _run_ours(model, dtype, device, tokens, prompts or _QUESTIONS)
     gc.collect()

@@ -59,6 +59,8 @@ class Engine:
         )
         drafts = options.speculative_tokens
         self._speculator = Speculator(PromptLookup(), drafts) if drafts else None
+        raisable = options.max_model_len is not None and self.max_model_len == options.max_model_len
+        self._longer = ", or raise the limit (max_model_len, max_length in the YAML)" if raisable else ""
         self.stats = EngineStats()
         self._answers: dict[int, _Answer] = {}
         self._ids = itertools.count()
@@ -111,7 +113,7 @@ class Engine:
         if len(token_ids) >= self.max_model_len:
             raise PromptError(
                 f"the prompt has {len(token_ids)} tokens and prompt plus answer may have {self.max_model_len}: "
-                "shorten it, or raise max_model_len if the model's own limit is higher"
+                f"shorten it{self._longer}"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self.tokenizer.vocab_size:
             raise PromptError(f"the prompt holds a token id outside 0 … {self.tokenizer.vocab_size - 1}")

@@ -161,7 +161,7 @@ class LLM:
         Leaving the loop early ends the request and frees its blocks.
         """
         if (sampling or SamplingParams()).over(self.engine.defaults).n != 1:
-            raise OptionError("n: a stream is one answer; leave n out, or take several with generate or chat")
+            raise OptionError("n: a stream is one answer; leave n out, or take several with LLM.chat in Python")
         if _is_conversation(prompt):
             return self._stream([self.encode_chat(prompt, tools)], sampling, chat=True)
         return self._stream([self._as_ids(prompt)], sampling, chat=False)

@@ -152,10 +152,9 @@ def _check_parallel(values: _Values, environment: Mapping[str, str]) -> None:
         )
     not_yet = "several cards are not in this version yet"
     if product != processes:
-        start = f'bash scripts/msrun_launcher.sh "run_mindformer.py …" {product}' if product > 1 else "one process"
         raise OptionError(
             f"the parallel degrees multiply to {product}, but the number of processes (WORLD_SIZE) is {processes}: "
-            f"start {start} ({not_yet}: the degree to use is 1)"
+            f"set the degrees to 1 and start one process ({not_yet})"
         )
     if product > 1:
         raise OptionError(f"{several}: {not_yet}; set it to 1 and start one process")

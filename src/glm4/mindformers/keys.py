@@ -94,6 +94,8 @@ OPTION_GROUPS: dict[str, type] = {"engine": EngineOptions, "params": EngineOptio
 _NO_TRAINING = "training is not part of this program"
 _NO_GRAPH = "there is no MindSpore graph in this runner"
 _FROM_FOLDER = "config.json in pretrained_model_dir decides"
+_NOT_IN_THE_RESULT = ("logprobs", "prompt_logprobs", "n", "best_of")
+_ONE_TEXT = "the result file has one text for a prompt; use glm4 batch, or LLM in Python, for more"
 _IN_MODEL_CONFIG = (
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature"),
     *("top_k", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -149,8 +151,9 @@ KEYS: tuple[Key, ...] = (
             flag=option.name if option.name == "do_sample" else "",
         )
         for option in fields(SamplingParams)
-        if option.name != "logprobs"  # the result file has no place for them
+        if option.name not in _NOT_IN_THE_RESULT
     ),
+    *(Key(f"generation_config.{name}", refused=_ONE_TEXT) for name in _NOT_IN_THE_RESULT),
     *(Key(f"model.model_config.{name}", sets=f"sampling.{name}") for name in _IN_MODEL_CONFIG),
     # where to run
     Key("context.device_id", sets="engine.device_id", flag="device_id"),

@@ -20,10 +20,16 @@ def read_prompts(values: Sequence[str]) -> tuple[str, ...]:
     """The prompts that `values` stand for: several values, or one that names no file, are the prompts themselves.
 
     Raises PromptError for an empty prompt, text that is not UTF-8, a blank line inside a file, a file that cannot
-    be read, and a single value that looks like a path to nothing.
+    be read, a file among several values, and a value that looks like a path to nothing.
     """
-    if len(values) == 1 and (path := _as_path(values[0])):
-        return tuple(_read_file(path))
+    for value in values:
+        path = _as_path(value)
+        if path and len(values) == 1:
+            return tuple(_read_file(path))
+        if path:
+            raise PromptError(
+                f"predict_data {value} is a file, and so only it can be given: put the prompts into one file"
+            )
     return tuple(
         _prompt(value, "predict_data" + (f"[{i}]" if len(values) > 1 else "")) for i, value in enumerate(values)
     )

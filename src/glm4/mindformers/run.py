@@ -19,6 +19,7 @@ from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
 from glm4.mindformers.result import answer_line, check_writable, write_results
 from glm4.options import EngineOptions
+from glm4.text.reasoning import split_thought
 
 if TYPE_CHECKING:
     from glm4.engine.llm import LLM
@@ -79,7 +80,7 @@ def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
             outputs = answer(prompts)
         except PromptError as error:
             raise PromptError(_which(first, len(prompts), len(job.prompts)) + str(error)) from error
-        results.append([output.text for output in outputs])
+        results.append([_answer(llm, job, output) for output in outputs])
         _print(answer_line(results[-1]))
         _warn_of_cut(outputs, first)
         write_results(job.result_path, results)  # after each batch, so that a later failure loses nothing
@@ -100,6 +101,15 @@ def _answerer(llm: LLM, job: PredictJob) -> Callable[[list[str]], list[RequestOu
         log.info("prompts are fed as raw text, without a chat template")
         return lambda prompts: llm.generate(prompts, job.sampling)
     return lambda prompts: llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], job.sampling)
+
+
+def _answer(llm: LLM, job: PredictJob, output: RequestOutput) -> str:
+    """The words meant for the reader; a GLM-Z1's thought goes to the log."""
+    if job.use_chat_template is False or not llm.thinks:
+        return output.text
+    thought, answer = split_thought(output.text, inside=True)
+    log.info("thought: %s", (thought or "").strip())
+    return answer
 
 
 def _which(first: int, count: int, total: int) -> str:
