@@ -133,6 +133,7 @@ def test_make_run_hands_the_prompt_on_as_it_was_written(prompt: str, tmp_path: P
     (tmp_path / ".ready").touch()
     command = [
         "make",
+        "--no-print-directory",
         "run",
         f"VENV={tmp_path}",
         f"READY={tmp_path}/.ready",
