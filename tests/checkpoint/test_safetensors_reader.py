@@ -135,12 +135,11 @@ def test_links_are_followed(sharded: Path) -> None:
     assert f"{snapshot / B} is missing" in message(lambda: open_checkpoint(snapshot))
 
 
-def test_prefetch_and_release_leave_the_bytes_alone(tmp_path: Path) -> None:
+def test_release_leaves_the_bytes_alone(tmp_path: Path) -> None:
     values = {name: torch.randn(size) for name, size in {"a": 3, "b": 5 * mmap.PAGESIZE, "c": 0}.items()}
     save_file(values, make_folder(tmp_path) / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     for name, value in values.items():
-        checkpoint.prefetch(name)
         raw = checkpoint.read(name)
         before = bytes(raw.buffer)
         checkpoint.release(name)
@@ -416,5 +415,5 @@ def test_check_passes_over_saved_rotary_frequencies(tmp_path: Path) -> None:
 
 def test_unknown_tensor(single: Path) -> None:
     checkpoint = open_checkpoint(single)
-    for action in (checkpoint.read, checkpoint.info, checkpoint.prefetch, checkpoint.release):
+    for action in (checkpoint.read, checkpoint.info, checkpoint.release):
         assert "has no tensor 'z'" in message(lambda action=action: action("z"))

@@ -155,12 +155,6 @@ class Checkpoint:
                 f"config.json asks for {list(expected[wrong[0].name])}: put the right config.json there, or {_AGAIN}"
             )
 
-    def prefetch(self, name: str) -> None:
-        """Have the kernel start reading tensor `name` from disk; returns at once."""
-        info = self.info(name)
-        begin = info.begin - info.begin % mmap.PAGESIZE
-        self._shard(info).advise(mmap.MADV_WILLNEED, begin, info.end)
-
     def release(self, name: str) -> None:
         """Give back the process's pages of tensor `name`, once it has been copied; a later read maps them again."""
         info = self.info(name)

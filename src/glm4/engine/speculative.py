@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from glm4.engine.request import Request
 from glm4.engine.step import StepPlan, StepResult
@@ -17,14 +16,6 @@ _WINDOW = 32
 """Drafts over which a request's acceptance is judged."""
 _RETRY_AFTER = 256
 """Tokens after which a request whose drafts did not pay is tried again."""
-
-
-class Drafter(Protocol):
-    """Proposes continuations."""
-
-    def propose(self, request: Request, count: int) -> list[int]:
-        """At most `count` tokens that may follow request.token_ids."""
-        ...
 
 
 class PromptLookup:
@@ -39,7 +30,7 @@ class PromptLookup:
         self._indexes: dict[int, _Index] = {}
 
     def propose(self, request: Request, count: int) -> list[int]:
-        """See Drafter."""
+        """At most `count` tokens that may follow request.token_ids."""
         tokens = request.token_ids
         index = self._indexes.setdefault(request.request_id, _Index())
         index.extend(tokens, range(self.shortest, self.longest + 1))
