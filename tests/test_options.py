@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4.errors import OptionError
-from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, parse_size
+from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, parse_memory
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
         (
             EngineOptions,
             {"max_device_memory": "59"},
-            "max_device_memory: '59' is not an amount of memory: write it like 59GB or 800MB",
+            "max_device_memory: '59' is not an amount of memory: write it like 59GB, 800MB or 80% (of what is free)",
         ),
         (EngineOptions, {"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, npu"),
         (
@@ -58,7 +58,22 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
         (
             EngineOptions,
             {"max_device_memory": "much"},
-            "max_device_memory: 'much' is not an amount of memory: write it like 59GB or 800MB",
+            "max_device_memory: 'much' is not an amount of memory: write it like 59GB, 800MB or 80% (of what is free)",
+        ),
+        (
+            EngineOptions,
+            {"max_device_memory": 59.5},
+            "max_device_memory: 59.5 is not an amount of memory: write it like 59GB, 800MB or 80% (of what is free)",
+        ),
+        (
+            EngineOptions,
+            {"max_device_memory": "150%"},
+            "max_device_memory: '150%' is not a share of the free memory: it is above 0% and at most 100%",
+        ),
+        (
+            EngineOptions,
+            {"kv_cache_dtype": "int4"},
+            "kv_cache_dtype: 'int4' is none of auto, bfloat16, float32, int8",
         ),
         (EngineOptions, {"block_size": 0}, "block_size: 0 is out of range (at least 1)"),
     ],
@@ -75,6 +90,7 @@ def test_texts_become_values() -> None:
     assert options_from(SamplingParams, values) == expected
     options = options_from(EngineOptions, {"max_device_memory": "1.5GB", "max_model_len": "64"})
     assert options == EngineOptions(max_device_memory=3 * 2**29, max_model_len=64)
+    assert options_from(EngineOptions, {"max_device_memory": "80%"}) == EngineOptions(max_device_memory=0.8)
     assert SamplingParams(stop="。").stop == ("。",)
 
 
@@ -83,13 +99,22 @@ def test_texts_become_values() -> None:
     [("59GB", 59 * 2**30), ("800 mb", 800 * 2**20), ("2GiB", 2**31), ("5k", 5120), (77, 77), ("8B", 8)],
 )
 def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_memory(text) == size
+    assert isinstance(parse_memory(text), int)
+
+
+@pytest.mark.parametrize(
+    ("value", "share"), [("80%", 0.8), (" 12.5 % ", 0.125), ("0.8", 0.8), (0.8, 0.8), (1.0, 1.0), ("100%", 1.0)]
+)
+def test_shares_of_what_is_free(value: str | float, share: float) -> None:
+    assert parse_memory(value) == share
+    assert isinstance(parse_memory(value), float)
 
 
 @given(st.one_of(st.text(max_size=30), st.integers(), st.floats(), st.booleans(), st.none()))
 def test_any_size_is_a_number_or_an_option_error(value: Any) -> None:
     try:
-        assert parse_size(value) > 0
+        assert parse_memory(value) > 0
     except OptionError as error:
         assert "\n" not in str(error) or "\n" in str(value)
 
@@ -126,6 +151,9 @@ def test_what_the_caller_says_counts_more(
         "logprobs",
         "prompt_logprobs",
         "best_of",
+        "json_schema",
+        "regex",
+        "grammar",
         "temperature" if not params.do_sample else "",
     )
     assert all(getattr(params, f.name) is not None for f in fields(params) if f.name not in may_be_open)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from glm4.errors import MemoryPlanError
 from glm4.files import read_json
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.loading import load_model
-from glm4.options import EngineOptions
-from glm4.plan import MemoryPlan, gib
+from glm4.options import KV_CACHE_DTYPES, EngineOptions
+from glm4.plan import MemoryPlan, gib, memory_limit
 
 
-def plan_of(config: Glm4Config, dtype: str = "bfloat16", cards: int = 1, **options: int) -> MemoryPlan:
+def plan_of(config: Glm4Config, dtype: str = "bfloat16", cards: int = 1, **options: Any) -> MemoryPlan:
     return MemoryPlan.of(config, EngineOptions(**options), dtype, config.max_context, cards)
 
 
@@ -41,8 +42,11 @@ def test_sizes_are_those_of_the_tensors(shape: str, dtype: str, tmp_path: Path) 
             tensors += [value.bias] if getattr(value, "bias", None) is not None else []
     plan = plan_of(config, dtype)
     assert plan.weights == sum(tensor.nbytes for tensor in tensors)
-    cache = model.new_kv_cache(10, getattr(torch, dtype))
-    assert 10 * plan.kv_per_token == sum(k.nbytes + v.nbytes for k, v in cache)
+    for kv_cache_dtype in KV_CACHE_DTYPES:
+        plan = plan_of(config, dtype, kv_cache_dtype=kv_cache_dtype)
+        cache = model.new_kv_cache(10, getattr(torch, plan.kv_dtype))
+        held = [tensor for pair in cache for keys_or_values in pair for tensor in keys_or_values.tensors]
+        assert 10 * plan.kv_per_token == sum(tensor.nbytes for tensor in held)
 
 
 def test_the_official_sizes(shared: Path) -> None:
@@ -50,6 +54,8 @@ def test_the_official_sizes(shared: Path) -> None:
     plan = plan_of(official(shared, "GLM-4-9B-0414"))
     assert plan.weights == 18_800_558_080
     assert plan.kv_per_token == 40 * 2 * 128 * 2 * 2
+    int8 = plan_of(official(shared, "GLM-4-9B-0414"), kv_cache_dtype="int8")
+    assert int8.kv_per_token == 40 * 2 * 2 * (128 + 4)  # a byte for each number, and a float32 scale for each head
     large = official(shared, "GLM-4-32B-0414")
     assert plan_of(large).kv_per_token == 61 * 2 * 128 * 2 * 2
     assert plan_of(large, cards=8).kv_per_token == 61 * 1 * 128 * 2 * 2  # a head is repeated, never cut
@@ -90,3 +96,10 @@ def test_the_smallest_change_that_fits_is_named(
 def test_a_limit_of_the_users_own_is_the_first_thing_to_raise(shared: Path) -> None:
     with pytest.raises(MemoryPlanError, match=r"24\.0 GiB are free, so raise max_device_memory"):
         plan_of(official(shared, "GLM-4-9B-0414")).kv_blocks(2**30, free=24 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"), [(None, 10_000), (400, 400), (20_000, 10_000), (0.8, 8_000), (1.0, 10_000), (0.00001, 0)]
+)
+def test_a_limit_is_an_amount_or_a_share_of_what_is_free(asked: int | float | None, limit: int) -> None:
+    assert memory_limit(asked, 10_000) == limit

@@ -50,10 +50,12 @@ def select_device(name: str, index: int = 0) -> torch.device:
 def select_dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
     """The number format called `name`; "auto": the one the weights are `stored` in ("BF16" or "F32").
 
+    Quantised folders store in "F16" what they do not quantise: that is computed in bfloat16.
+
     Raises DeviceError for a card that does not compute in bfloat16.
     """
     if name == "auto":
-        name = {"BF16": "bfloat16", "F32": "float32"}[stored]
+        name = {"BF16": "bfloat16", "F32": "float32", "F16": "bfloat16"}[stored]
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise DeviceError("this card has no bfloat16; use --dtype float32")
     return _DTYPES[name]

@@ -1,6 +1,6 @@
 """Every option once: its name, type, default and one line of help.
 
-The command line, the YAML files, the Python API and the docs derive from these two frozen dataclasses.
+The command line, the YAML files, the Python API and the docs derive from these frozen dataclasses.
 `None` means «not said»: the model folder, and then the defaults below, decide.
 """
 
@@ -18,6 +18,8 @@ from glm4.errors import OptionError
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("auto", "bfloat16", "float32")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
+QUANTIZATIONS = ("none", "int8", "int4")
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -35,6 +37,14 @@ def _parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     if not all(token_id >= 0 and -100 <= amount <= 100 for token_id, amount in bias):
         raise OptionError("token ids are at least 0, and a bias is between -100 and 100")
     return bias
+
+
+def _parse_json_schema(value: Any) -> str:
+    """The text of a schema, which may be given as the object itself."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"holds what JSON cannot: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +82,17 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = _option(
         (), 'added to the logits of these token ids, as JSON: {"123": -5}', parse=_parse_logit_bias
     )
+    json_schema: str | None = _option(None, "a JSON schema that the answer satisfies", parse=_parse_json_schema)
+    regex: str | None = _option(None, "a regular expression that the whole answer matches")
+    choice: tuple[str, ...] = _option((), "texts of which the answer is one")
+    grammar: str | None = _option(None, "a grammar in Lark's syntax, or GBNF, that the answer follows")
     n: int | None = _option(None, "answers to one prompt", low=1, high=128)
     best_of: int | None = _option(None, "answers to draw, of which the n likeliest are kept", low=1, high=128)
+    num_beams: int | None = _option(None, "beams to search with for the likeliest answer; 1: no search", low=1, high=16)
+    length_penalty: float | None = _option(
+        None, "beam search: answers count by log-probability over length to this power", low=-10.0, high=10.0
+    )
+    early_stopping: bool | None = _option(None, "beam search: stop as soon as num_beams answers are found")
     prompt_logprobs: int | None = _option(
         None, "log-probabilities of this many likeliest tokens at each position of the prompt", low=0, high=20
     )
@@ -83,8 +102,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "choice"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.json_schema, str | None):
+            object.__setattr__(self, "json_schema", _parse_json_schema(self.json_schema))
         if not isinstance(self.logit_bias, tuple):
             object.__setattr__(self, "logit_bias", _parse_logit_bias(self.logit_bias))
         _check_ranges(self)
@@ -97,8 +118,16 @@ class SamplingParams:
                 f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}: lower one or "
                 "raise the other"
             )
+        if len(self.constraints) > 1:
+            raise OptionError(f"give one of {' and '.join(self.constraints)}: an answer is held to one form")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise OptionError(f"best_of {self.best_of} is below n {self.n or 1}: draw at least as many as are kept")
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """What holds the answer to a form, by the option's name: at most one."""
+        said = {name: getattr(self, name) for name in ("json_schema", "regex", "choice", "grammar")}
+        return {name: value for name, value in said.items() if value not in (None, ())}
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These values where they are said, `defaults` elsewhere.
@@ -120,18 +149,25 @@ class SamplingParams:
         return replace(defaults, **said)
 
 
-def parse_size(value: str | int) -> int:
-    """Bytes in `value`: "59GB" (2**30 each, as MindSpore counts) or "800MB"; a whole number, not a text, is bytes.
+def parse_memory(value: str | int | float) -> int | float:
+    """An amount of memory: bytes as an int, or a share of the free memory as a float above 0 and at most 1.
 
-    Raises OptionError for anything else.
+    "59GB" (2**30 each, as MindSpore counts), "800MB" and a whole number that is no text are bytes; "80%", "0.8" and
+    0.8 are shares. Raises OptionError for anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMGT])I?B?|B)\s*", str(value), re.IGNORECASE)
-    size = int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper())) if match else 0
-    if size <= 0:
-        raise OptionError(f"{value!r} is not an amount of memory: write it like 59GB or 800MB")
-    return size
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,20})?)\s*(%|B|[KMGT]I?B?)?\s*", str(value), re.IGNORECASE)
+    number, unit = (float(match[1]), (match[2] or "").upper()) if match else (0.0, "")
+    if unit == "%":
+        if 0 < number <= 100:
+            return number / 100
+        raise OptionError(f"{value!r} is not a share of the free memory: it is above 0% and at most 100%")
+    if unit and (size := int(number * 1024 ** "BKMGT".index(unit[0]))) > 0:
+        return size
+    if match and not unit and "." in match[1] and 0 < number <= 1:  # a whole number alone could mean bytes, or GB
+        return number
+    raise OptionError(f"{value!r} is not an amount of memory: write it like 59GB, 800MB or 80% (of what is free)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +181,24 @@ class EngineOptions:
     device: str = _option("auto", "where to run", choices=DEVICES)
     device_id: int = _option(0, "which of the machine's cards, counted from 0", low=0)
     dtype: str = _option("auto", "number format of the weights and the arithmetic", choices=DTYPES)
-    max_device_memory: int | None = _option(
-        None, "use at most this much memory, such as 59GB; none: what is free", parse=parse_size
+    quantization: str = _option(
+        "none", "round the weights to 8 or 4 bits while they load (none: as they are stored)", choices=QUANTIZATIONS
+    )
+    max_device_memory: int | float | None = _option(
+        None, "use at most this much memory, such as 59GB, or 80% of what is free; none: all of it", parse=parse_memory
     )
     max_model_len: int | None = _option(None, "longest prompt plus answer; none: the model's own limit", low=1)
     max_batch_tokens: int = _option(2048, "tokens computed in one step at most", low=1)
     max_batch_requests: int = _option(64, "requests running side by side at most", low=1)
     block_size: int = _option(16, "tokens in one block of the KV cache", low=1)
+    kv_cache_dtype: str = _option(
+        "auto", "number format of the KV cache; auto: that of the arithmetic", choices=KV_CACHE_DTYPES
+    )
     speculative_tokens: int = _option(
-        0, "tokens to guess in each step from what the text said before; answers stay the same; 0: none", low=0, high=16
+        0, "tokens to guess in each step where that pays; answers stay the same; 0: none", low=0, high=16
+    )
+    speculative_model: str | None = _option(
+        None, "folder of a smaller model with the same tokenizer that guesses; none: from what the text said before"
     )
     prefix_caching: bool = _option(True, "let prompts that begin alike share what was computed for one of them")
     threads: int | None = _option(None, "CPU threads; none: one for each core", low=1)
@@ -162,19 +207,57 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.dtype == "float16":
             raise OptionError("dtype float16: GLM-4 overflows in it and answers '!!!!'; use bfloat16 or float32")
-        if isinstance(self.max_device_memory, str):
-            object.__setattr__(self, "max_device_memory", parse_size(self.max_device_memory))
+        if self.max_device_memory is not None:
+            object.__setattr__(self, "max_device_memory", parse_memory(self.max_device_memory))
         _check_ranges(self)
+        if self.speculative_model is not None and not self.speculative_tokens:
+            raise OptionError("speculative_model: say with speculative_tokens how many tokens it may guess, such as 4")
 
 
-def _check_ranges(options: SamplingParams | EngineOptions) -> None:
+def _parse_bytes(value: str | int) -> int:
+    size = parse_memory(value)
+    if isinstance(size, float):
+        raise OptionError(f"{value!r} is not a number of bytes: write it like 8MB")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the HTTP server listens, whom it lets in and how much it takes.
+
+    Raises OptionError when a value is outside its range.
+    """
+
+    host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
+    port: int = _option(8000, "port to listen on; 0: any free one", low=0, high=65535)
+    served_model_name: tuple[str, ...] = _option((), "what requests call the model; none: the name of its folder")
+    api_key: tuple[str, ...] = _option((), "key that a request must bring, one of several", secret=True)
+    api_key_file: str | None = _option(None, "file of such keys, one a line; lines that begin with # are comments")
+    tls_cert: str | None = _option(None, "file of the certificate, and those above it, for https")
+    tls_key: str | None = _option(None, "file of the certificate's private key")
+    cors_origins: tuple[str, ...] = _option((), "web origin whose pages may send requests, such as https://a.example")
+    max_body: int = _option(8 * 2**20, "longest body of a request, such as 8MB", parse=_parse_bytes)
+    max_prompt_tokens: int | None = _option(None, "longest prompt; none: what the model can take", low=1)
+    max_answer_tokens: int | None = _option(None, "longest answer; none: what the model can give", low=1)
+    max_queue: int = _option(256, "answers that may wait beside those being computed; more are refused", low=0)
+    request_timeout: float = _option(600.0, "seconds that a request may take in all", above=0.0)
+    drain_timeout: float = _option(60.0, "seconds that requests get to end in when the server is stopped", low=0.0)
+    log_prompts: bool = _option(False, "write prompts into the log, too")
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError("tls_cert and tls_key belong together: give both, or neither")
+
+
+def _check_ranges(options: SamplingParams | EngineOptions | ServerOptions) -> None:
     for option in fields(options):
         value, limits = getattr(options, option.name), option.metadata
         if value is None:
             continue
         if "choices" in limits and value not in limits["choices"]:
             raise OptionError(f"{option.name}: {value!r} is none of {', '.join(limits['choices'])}")
-        if option.name == "logit_bias":  # checked where it is parsed
+        if "parse" in limits:  # checked where it is parsed
             continue
         for number in value if isinstance(value, tuple) else (value,):
             _check_type(option, number)
@@ -299,5 +382,8 @@ GREEDY = SamplingParams(
     ignore_eos=False,
     skip_special_tokens=True,
     n=1,
+    num_beams=1,
+    length_penalty=1.0,
+    early_stopping=False,
 )
 """What holds where neither the caller nor the folder says anything."""

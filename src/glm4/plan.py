@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from glm4.errors import MemoryPlanError
 from glm4.model.configuration_glm4 import Glm4Config
-from glm4.model.utils import tensor_specs
+from glm4.model.utils import shapes_of, tensor_specs
 from glm4.options import EngineOptions
+from glm4.quantization.layout import Layout, chosen_layouts
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
+_KV_ITEMSIZE = ITEMSIZE | {"int8": 1}
+_SCALE_BYTES = 4  # of an int8 key or value, one for each token and head
 _LEAST_CONTEXT = 1024  # a KV cache for less is of no use to anybody
 
 
@@ -25,10 +29,30 @@ class MemoryPlan:
     block_size: int
     context: int
     """Longest prompt plus answer that is asked for."""
+    kv_cache_dtype: str
+    """One of options.KV_CACHE_DTYPES."""
+    quantization: str = "none"
+    """What weights are rounded to while they load, one of options.QUANTIZATIONS."""
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    """The weights that are not held in `dtype`."""
+    draft: MemoryPlan | None = None
+    """The model that guesses, if there is one: it is counted in, and holds as many tokens."""
 
     @classmethod
-    def of(cls, config: Glm4Config, options: EngineOptions, dtype: str, context: int, cards: int = 1) -> MemoryPlan:
-        """The plan for an engine with these options; `context`: longest prompt plus answer."""
+    def of(
+        cls,
+        config: Glm4Config,
+        options: EngineOptions,
+        dtype: str,
+        context: int,
+        cards: int = 1,
+        draft: Glm4Config | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> MemoryPlan:
+        """The plan for an engine with these options; `context`: longest prompt plus answer; `draft`: guesses for it.
+
+        layouts: how weights are held that are not in `dtype`; none: as options.quantization says.
+        """
         return cls(
             config=config,
             dtype=dtype,
@@ -37,6 +61,10 @@ class MemoryPlan:
             max_batch_requests=options.max_batch_requests,
             block_size=options.block_size,
             context=context,
+            kv_cache_dtype=options.kv_cache_dtype,
+            quantization=options.quantization,
+            layouts=chosen_layouts(shapes_of(config), options.quantization) if layouts is None else layouts,
+            draft=cls.of(draft, options, dtype, min(context, draft.max_context)) if draft else None,
         )
 
     @property
@@ -47,15 +75,30 @@ class MemoryPlan:
     @property
     def weights(self) -> int:
         """Weights; what is cut is shared out, the rest is held by every card."""
-        specs = tensor_specs(self.config)
-        numbers = sum(-(-s.numel // self.cards) if s.shard_axis is not None else s.numel for s in specs)
-        return numbers * ITEMSIZE[self.dtype]
+        total = self.draft.weights if self.draft else 0
+        for spec in tensor_specs(self.config):
+            layout = self.layouts.get(spec.name)
+            size = layout.nbytes(spec.shape) if layout else spec.numel * ITEMSIZE[self.dtype]
+            total += -(-size // self.cards) if spec.shard_axis is not None else size
+        return total
+
+    @property
+    def weight_format(self) -> str:
+        """What most weights are held in, for people."""
+        bits = {layout.bits for layout in self.layouts.values()}
+        return f"int{min(bits)}" if bits else self.dtype
+
+    @property
+    def kv_dtype(self) -> str:
+        """The KV cache's own number format: "bfloat16", "float32" or "int8"."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     @property
     def kv_per_token(self) -> int:
-        """Keys and values of one token; beyond one KV head a card, heads are repeated."""
+        """Keys and values of one token, int8's scales included; beyond one KV head a card, heads are repeated."""
         heads = max(1, self.config.num_key_value_heads // self.cards)
-        return 2 * self.config.num_hidden_layers * heads * self.config.head_dim * ITEMSIZE[self.dtype]
+        head = self.config.head_dim * _KV_ITEMSIZE[self.kv_dtype] + (_SCALE_BYTES if self.kv_dtype == "int8" else 0)
+        return 2 * self.config.num_hidden_layers * heads * head + (self.draft.kv_per_token if self.draft else 0)
 
     @property
     def workspace(self) -> int:
@@ -63,7 +106,8 @@ class MemoryPlan:
         config, itemsize = self.config, ITEMSIZE[self.dtype]
         row = 8 * config.hidden_size + 4 * config.intermediate_size // self.cards
         mask = self.max_batch_tokens * self.context * (1 + itemsize)
-        return self.max_batch_tokens * row * itemsize + mask + 2 * self.max_batch_requests * config.vocab_size * 4
+        own = self.max_batch_tokens * row * itemsize + mask + 2 * self.max_batch_requests * config.vocab_size * 4
+        return max(own, self.draft.workspace if self.draft else 0)  # one model runs after the other
 
     @property
     def least(self) -> int:
@@ -79,8 +123,8 @@ class MemoryPlan:
         """
         if self.least > limit:
             raise MemoryPlanError(
-                f"{self.dtype} weights take {gib(self.weights)}, with workspace and the shortest useful KV cache "
-                f"{gib(self.least)}, and {gib(limit)} may be used: {self._smallest_change(limit, free)}"
+                f"{self.weight_format} weights take {gib(self.weights)}, with workspace and the shortest useful KV "
+                f"cache {gib(self.least)}, and {gib(limit)} may be used: {self._smallest_change(limit, free)}"
             )
         useful = -(-self.context // self.block_size) * self.max_batch_requests
         return min(self.kv_tokens(limit) // self.block_size, useful)
@@ -102,14 +146,33 @@ class MemoryPlan:
             halved = replace(self, dtype="bfloat16")
             if halved.least <= limit:
                 return f"use --dtype bfloat16 ({gib(halved.least)})"
+        ways = [*self._by_lighter_weights(limit), *self._by_more_cards(limit)]
+        return ", or ".join(ways) or "it needs a larger machine; `glm4 plan` shows what fits where"
+
+    def _by_lighter_weights(self, limit: int) -> Iterator[str]:
+        """The first quantisation that fits; weights that are stored quantised stay as they are."""
+        choices = ("int8", "int4") if self.quantization == "none" and not self.layouts else ()
+        for quantization in ("int4",) if self.quantization == "int8" else choices:
+            layouts = chosen_layouts(shapes_of(self.config), quantization)
+            lighter = replace(self, quantization=quantization, layouts=layouts)
+            if lighter.least <= limit:
+                yield f"use --quantization {quantization} ({gib(lighter.least)})"
+                return
+
+    def _by_more_cards(self, limit: int) -> Iterator[str]:
         for cards in (2, 4, 8):
             shared = replace(self, cards=cards, dtype="bfloat16")
             if self.config.num_attention_heads % cards == 0 and shared.least <= limit:
-                return (
-                    f"share bfloat16 weights among {cards} cards of this size ({gib(shared.least)} each; several cards "
-                    "are not in this version yet)"
+                yield (
+                    f"share {shared.weight_format} weights among {cards} cards of this size ({gib(shared.least)} each; "
+                    "several cards are not in this version yet)"
                 )
-        return "it needs a larger machine; `glm4 plan` shows what fits where"
+                return
+
+
+def memory_limit(asked: int | float | None, free: int) -> int:
+    """Bytes that may be used where `free` are there: as many as `asked`, such a share of them, or all of them."""
+    return int(asked * free) if isinstance(asked, float) else min(free, asked or free)
 
 
 def gib(size: int) -> str:

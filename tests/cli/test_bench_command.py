@@ -39,8 +39,8 @@ def test_latency(bench: Bench) -> None:
 
 
 def test_ceilings(bench: Bench) -> None:
-    bench.monkeypatch.setattr("glm4.engine.bench_ceilings._BUFFER_BYTES", 2**20)
-    bench.monkeypatch.setattr("glm4.engine.bench_ceilings._ENOUGH_SECONDS", 0.0001)
+    bench.monkeypatch.setattr("glm4.bench.ceilings._BUFFER_BYTES", 2**20)
+    bench.monkeypatch.setattr("glm4.bench.ceilings._ENOUGH_SECONDS", 0.0001)
     ran = bench.glm4("bench", "latency", "-m", "model", "--prompt-tokens", "20", "--new-tokens", "5")
     ceilings = report(ran)["ceilings"]
     for share, used, best in (

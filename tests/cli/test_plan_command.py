@@ -75,6 +75,21 @@ def test_free_memory_is_the_limit_where_none_is_given(wide: Bench) -> None:
     assert "max_device_memory: 3GB\n" in ran.out
 
 
+def test_a_share_of_the_free_memory(wide: Bench) -> None:
+    wide.monkeypatch.setattr("glm4.device.free_memory", lambda device: 4 * 2**30)
+    assert "fits on one card with 3.0 GiB each" in wide.glm4("plan", str(wide.model), "--memory", "75%").out
+    assert "--memory: '0%' is not a share of the free memory" in wide.glm4("plan", "model", "--memory", "0%").err
+
+
+def test_an_int8_kv_cache(wide: Bench, shared: Path) -> None:
+    """40 layers, keys and values, 2 heads, 128 bytes and a scale of 4: 21,120 bytes a token."""
+    ran = wide.glm4("plan", str(shared / "glm4-0414" / "GLM-4-9B-0414"), "--memory", "24GB", "--kv-cache-dtype", "int8")
+    assert "20.6 MiB per 1,024 tokens" in ran.out
+    assert "tokens that the KV cache holds, bfloat16, KV int8 " in ran.out
+    Path("plan.yaml").write_text(ran.out[ran.out.index("# the keys") :], "utf-8")
+    assert read_job(["--config", "plan.yaml", "--predict_data", "hi"]).engine.kv_cache_dtype == "int8"
+
+
 def test_a_folder_without_weights_is_enough(wide: Bench) -> None:
     for file in wide.model.glob("*.safetensors*"):
         file.unlink()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -22,21 +20,8 @@ from tiny import write_tiny_chat
 from glm4 import LLM, RequestOutput, SamplingParams
 from glm4.engine.async_llm import AsyncLLM, RestartPolicy
 from glm4.engine.messages import (
-    HEADER_BYTES,
-    MESSAGE_VERSION,
-    Abort,
-    Add,
-    FromCaller,
-    FromEngine,
-    GetStats,
-    Progress,
     Stats,
-    decode_from_engine,
-    payload_length,
-    to_frame,
 )
-from glm4.engine.step import StepPlan, StepResult
-from glm4.engine.worker import MAX_FAILED_STEPS, CallerGone, Connection, Worker
 from glm4.errors import CheckpointError, EngineError, OptionError, PromptError
 
 T = TypeVar("T")
@@ -157,6 +142,16 @@ def test_choices_draw_different_words_and_share_the_prompt(running: Running, syn
     assert [output.text for output in running.run(two)] == [output.text for output in expected]
 
 
+def test_answers_keep_their_form_and_wait_for_their_turn(running: Running, sync: LLM) -> None:
+    params = SamplingParams(regex="[a-c]{30}", temperature=1.0, seed=3)
+
+    async def together(llm: AsyncLLM) -> list[RequestOutput]:
+        return await asyncio.gather(*(read(llm, ask("hi"), params, choice=choice) for choice in range(3)))
+
+    expected = sync.chat(ask("hi"), replace(params, n=3))
+    assert [output.text for output in running.run(together)] == [output.text for output in expected]
+
+
 def test_what_is_known_of_the_model(running: Running, sync: LLM) -> None:
     llm = running.llm
     assert llm.health == "ready"
@@ -216,6 +211,7 @@ def test_abort_ends_the_answers_of_that_name(running: Running, sync: LLM) -> Non
         ("raw", {"tools": [{"name": "f"}]}, OptionError, "conversation"),
         ("raw", {"sampling": SamplingParams(n=2)}, OptionError, "one answer"),
         ("raw", {"priority": 1.5}, OptionError, "another type"),
+        ("raw", {"sampling": SamplingParams(regex="a(")}, OptionError, "regex: unclosed group"),
     ],
 )
 def test_a_request_that_cannot_be_served_fails_alone(
@@ -395,112 +391,3 @@ def test_the_engine_goes_with_the_program_that_started_it(folder: Path, sync: LL
         program.kill()
         wait_until_gone(int(pid))
         assert program.stdout.read() == ""
-
-
-class Caller:
-    """The other end of a worker that runs in a thread here, so that a test can break its engine."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.sock, theirs = socket.socketpair()
-        self.ended_by: BaseException | None = None
-        self.thread = threading.Thread(target=self._serve, args=(llm, theirs))
-
-    def _serve(self, llm: LLM, sock: socket.socket) -> None:
-        with sock:
-            try:
-                Worker(llm.engine, Connection(sock)).run()
-            except BaseException as error:
-                self.ended_by = error
-
-    def send(self, *messages: FromCaller) -> None:
-        if self.thread.ident is None:  # from here on the engine is the worker's alone
-            self.thread.start()
-        self.sock.sendall(b"".join(map(to_frame, messages)))
-
-    def receive(self) -> FromEngine:
-        length = payload_length(self.sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
-        message: FromEngine = decode_from_engine(self.sock.recv(length, socket.MSG_WAITALL))
-        return message
-
-    def close(self) -> None:
-        self.sock.close()
-        self.thread.join(30)
-
-
-@pytest.fixture
-def caller(sync: LLM) -> Iterator[Caller]:
-    execute = sync.engine.runner.execute
-    caller = Caller(sync)
-    yield caller
-    caller.close()
-    sync.engine.runner.execute = execute  # type: ignore[method-assign]
-    assert not caller.thread.is_alive()
-    assert not sync.engine.has_work
-
-
-def add(number: int) -> Add:
-    return Add(number, [40, 50, number], FREE, False, 0, 0, None)
-
-
-def break_steps(llm: LLM, times: int) -> None:
-    execute, broken = llm.engine.runner.execute, iter(range(times))
-
-    def execute_or_fail(plan: StepPlan) -> StepResult:
-        if next(broken, None) is not None:
-            raise RuntimeError("a bit fell over")
-        return execute(plan)
-
-    llm.engine.runner.execute = execute_or_fail  # type: ignore[method-assign]
-
-
-def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(caller: Caller, sync: LLM) -> None:
-    [expected] = sync.generate([40, 50, 9], FREE)  # before the worker's thread has the engine
-    [expected] = sync.generate([40, 50, 9], FREE)
-    break_steps(sync, 1)
-    caller.send(add(7), add(8))
-    failed = caller.receive()
-    assert isinstance(failed, Progress)
-    assert [number for number, _ in failed.failures] == [7, 8]
-    for _, failure in failed.failures:
-        assert isinstance(failure.error(), EngineError)
-        assert "a bit fell over" in str(failure.error())
-    caller.send(add(9))
-    tokens: list[int] = []
-    while len(tokens) < 40:
-        progress = caller.receive()
-        assert isinstance(progress, Progress)
-        [output] = progress.outputs
-        assert output.request_id == 9
-        tokens += output.token_ids
-    assert output.finish_reason == "length"
-    assert tokens == expected.token_ids
-
-
-def test_a_device_that_fails_every_step_ends_the_process(caller: Caller, sync: LLM) -> None:
-    break_steps(sync, MAX_FAILED_STEPS)
-    for number in range(MAX_FAILED_STEPS):
-        caller.send(add(number))
-        if number < MAX_FAILED_STEPS - 1:
-            assert isinstance(caller.receive(), Progress)
-    assert caller.sock.recv(1) == b""
-    caller.close()
-    assert isinstance(caller.ended_by, EngineError)
-
-
-def test_a_worker_leaves_when_its_caller_does_though_it_has_work(caller: Caller, sync: LLM) -> None:
-    caller.send(add(1), add(2), Abort(2), Abort(2), GetStats())
-    stats = caller.receive()
-    while not isinstance(stats, Stats):
-        stats = caller.receive()
-    assert stats.running + stats.waiting <= 1
-    caller.close()
-    assert isinstance(caller.ended_by, CallerGone)
-    sync.engine.abort(*sync.engine._answers)
-
-
-def test_frames_of_another_version_are_refused() -> None:
-    frame = bytearray(to_frame(GetStats()))
-    assert payload_length(frame) == len(frame) - HEADER_BYTES
-    frame[0] = MESSAGE_VERSION + 1
-    with pytest.raises(EngineError, match="changed while it ran"):
-        payload_length(frame)

@@ -34,7 +34,7 @@ def runner_of(path: Path) -> TorchRunner:
 def test_hidden_states_are_those_before_the_head(tiny: TinyCheckpoint) -> None:
     """With and without a token to pick, and only where they are wanted."""
     runner = runner_of(tiny.path)
-    wants = RequestStep(0, PROMPT, 0, [0, 1], want_hidden_states=True, sampling=GREEDY, prompt_len=6)
+    wants = RequestStep(0, PROMPT, 0, [0, 1], hidden_states="all", sampling=GREEDY, prompt_len=6)
     other = RequestStep(1, PROMPT, 0, [2, 3], [5], sampling=GREEDY, prompt_len=6)
     results = runner.execute(StepPlan([wants, other])).results
     with torch.no_grad():

@@ -50,6 +50,11 @@ def _(bench: Bench) -> Ran:
     return bench.generate("--dtype", "int8")
 
 
+@case("`--kv-cache-dtype int4`")
+def _(bench: Bench) -> Ran:
+    return bench.generate("--kv-cache-dtype", "int4")
+
+
 @case("a card that does not exist")
 def _(bench: Bench) -> Ran:
     bench.monkeypatch.setattr("glm4.device.available_devices", lambda: ["cuda", "cpu"])
@@ -60,6 +65,11 @@ def _(bench: Bench) -> Ran:
 @case("`--max-device-memory lots`")
 def _(bench: Bench) -> Ran:
     return bench.generate("--max-device-memory", "lots")
+
+
+@case("`--max-device-memory 150%`")
+def _(bench: Bench) -> Ran:
+    return bench.generate("--max-device-memory", "150%")
 
 
 @case("`--max-device-memory 1MB`")

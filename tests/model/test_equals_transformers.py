@@ -16,12 +16,13 @@ from glm4.checkpoint.safetensors_reader import Checkpoint
 from glm4.engine.step import RequestStep, StepPlan
 from glm4.engine.torch_runner import TorchRunner
 from glm4.model.configuration_glm4 import Glm4Config
-from glm4.model.loading import as_tensor, load_model
+from glm4.model.loading import load_model
 from glm4.model.modeling_glm4 import Glm4ForCausalLM
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.model.utils import tensor_specs
 from glm4.ops.attention import make_batch
 from glm4.options import GREEDY
+from glm4.quantization.weights import as_tensor
 
 CPU = torch.device("cpu")
 

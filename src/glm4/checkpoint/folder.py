@@ -39,8 +39,8 @@ class ModelFolder:
     def open(cls, path: str | Path) -> ModelFolder:
         """The folder at `path`; symbolic links are followed and "~" is the user's home.
 
-        Raises CheckpointError for a folder that is not there, not readable, half downloaded, in another format or
-        quantised; ConfigError for a config.json that is missing, malformed or of another architecture.
+        Raises CheckpointError for a folder that is not there, not readable, half downloaded or in another format;
+        ConfigError for a config.json that is missing, malformed or of another architecture.
         """
         folder = cls(Path(os.path.expanduser(path)))  # noqa: PTH111 - Path.expanduser raises for unknown users
         names = _list_folder(folder.path, str(path))
@@ -49,7 +49,6 @@ class ModelFolder:
             _explain_missing_config(folder.path, names)
         config = folder.read_json("config.json")
         _check_architecture(config, folder.path / "config.json")
-        _refuse_quantised(config, folder.path / "config.json")
         return folder
 
     @overload
@@ -160,14 +159,3 @@ def _check_architecture(config: dict[str, Any], where: Path) -> None:
         return
     known = _RELATIVES.get(str(model_type))
     raise ConfigError(f"{where} is of another model, {found}{f' ({known})' if known else ''}: {_RUNS}")
-
-
-def _refuse_quantised(config: dict[str, Any], where: Path) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            settings = config[key]
-            method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
-            raise ConfigError(
-                f"{where}: the weights are quantised ({key}, method {method}), which this version does not run yet: "
-                "use the bfloat16 folder"
-            )

@@ -128,14 +128,19 @@ class Checkpoint:
         view = memoryview(self._shard(info).map)
         return RawTensor(info.dtype, info.shape, view[info.begin : info.end])
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
         """Compare the tensors with the names and shapes in `expected`, and their dtypes with BF16 and F32.
+
+        dtypes: what a tensor may be instead, where the folder is quantised.
 
         Raises CheckpointError that names the first tensor in the way, its file, how many more there are, and what
         to do. Rotary frequencies saved by old versions of transformers are passed over.
         """
         found = {name: info for name, info in self._infos.items() if not _HARMLESS.fullmatch(name)}
-        _refuse_dtypes([info for info in found.values() if info.dtype not in _LOADABLE])
+        loadable = dtypes or {}
+        _refuse_dtypes([info for name, info in found.items() if info.dtype not in loadable.get(name, _LOADABLE)])
         missing = [name for name in expected if name not in found]
         if missing:
             raise CheckpointError(

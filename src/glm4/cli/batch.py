@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glm4.batch.files import BatchInput, BatchOutput, settings_digest
 from glm4.cli.common import engine_options, load, model_option, sampling_from, verbose_option
-from glm4.engine.batch_files import BatchInput, BatchOutput, settings_digest
+from glm4.engine.progress import answer_progress
 from glm4.errors import Glm4Error, OptionError, OutputError
 
 if TYPE_CHECKING:
     from array import array
 
-    from rich.progress import Progress
+    from glm4.batch.run import Batch
 
-    from glm4.engine.batch import Batch
-
-_WORDS_DEPEND_ON = ("seed", "dtype", "max_model_len")
+_WORDS_DEPEND_ON = ("seed", "dtype", "kv_cache_dtype", "max_model_len")
 """Engine options that decide what is answered, beside how fast."""
 
 
@@ -77,7 +76,7 @@ def command(
             llm = load(model, options)
             if restart:
                 records.clear()  # not before it is known that there is a model
-            from glm4.engine.batch import Batch
+            from glm4.batch.run import Batch
 
             _answer(Batch(llm, settings, raw, params), requests, records, total)
     finally:
@@ -100,7 +99,7 @@ def _answer(batch: Batch, requests: BatchInput, records: BatchOutput, total: int
     if earlier:
         click.echo(f"going on: {earlier} of {total} requests have their record already", err=True)
     try:
-        with _progress(batch) as progress:
+        with answer_progress(lambda: batch.new_tokens) as progress:
             task = progress.add_task("batch", total=total, completed=earlier)
             for line, record in batch.run(requests.lines(), records.done):
                 records.write(line, record)
@@ -109,20 +108,6 @@ def _answer(batch: Batch, requests: BatchInput, records: BatchOutput, total: int
         _say_how_to_go_on(records, total)
         raise
     click.echo(_summary(batch, records, earlier, time.perf_counter() - started), err=True)
-
-
-def _progress(batch: Batch) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{batch.new_tokens / task.elapsed if task.elapsed else 0:.1f} tokens/s")
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn(elapsed_when_finished=True))
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _say_how_to_go_on(records: BatchOutput, total: int | None) -> None:

@@ -15,8 +15,8 @@ from glm4.options import EngineOptions, options_from
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from glm4.engine.bench import Json, Run
-    from glm4.engine.bench_ceilings import Ceilings
+    from glm4.bench.ceilings import Ceilings
+    from glm4.bench.run import Json, Run
     from glm4.engine.llm import LLM
 
 _WARM_UP = 2
@@ -70,8 +70,8 @@ def latency(
     """
     ceilings = _measure(model, options) if model and not no_ceilings else None
     llm = load(model, options)
-    from glm4.engine.bench import drive, joined, report
-    from glm4.engine.bench_load import Job, random_prompts
+    from glm4.bench.load import Job, random_prompts
+    from glm4.bench.run import drive, joined, report
 
     if prompt_tokens + new_tokens > llm.max_model_len:
         raise OptionError(
@@ -123,7 +123,7 @@ def throughput(
       glm4 bench throughput -m DIR --rate 2 --shared-prefix 512
     """
     _check_load(trace, scale_lengths, rate, arrivals)
-    from glm4.engine.bench_load import arriving_at_random, fit, random_jobs, random_prompts, read_trace
+    from glm4.bench.load import arriving_at_random, fit, random_jobs, random_prompts, read_trace
 
     jobs = read_trace(trace, count) if trace else random_jobs(count, prompt_tokens, new_tokens, bench_seed)
     if rate is not None:
@@ -132,7 +132,7 @@ def throughput(
         jobs = [replace(job, arrival=0.0) for job in jobs]
     ceilings = _measure(model, options) if model and not no_ceilings else None
     llm = load(model, options)
-    from glm4.engine.bench import drive, report
+    from glm4.bench.run import drive, report
 
     jobs, clipped = fit(jobs, scale_lengths, llm.max_model_len)
     warm_up, prompts = (
@@ -172,7 +172,7 @@ def _check_load(trace: str | None, scale_lengths: float, rate: float | None, arr
 
 def _measure(model: str, options: dict[str, Any]) -> Ceilings:
     said = {name: value for name, value in options.items() if value is not None}
-    from glm4.engine.bench_ceilings import measure_ceilings
+    from glm4.bench.ceilings import measure_ceilings
 
     return measure_ceilings(options_from(EngineOptions, {"model": model, **said}))
 
@@ -200,8 +200,8 @@ def _progress() -> Progress:
 
 
 def _show(llm: LLM, run: Run, found: Json, ceilings: Ceilings | None) -> None:
-    from glm4.engine.bench import shares
-    from glm4.engine.bench_ceilings import Work
+    from glm4.bench.ceilings import Work
+    from glm4.bench.run import shares
 
     if ceilings is not None:
         found["ceilings"] = shares(run, Work.of(llm.config, llm.model.embed_tokens.dtype), ceilings)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from glm4.errors import OptionError, PromptError
-from glm4.options import EngineOptions, SamplingParams, option_kind, options_from
+from glm4.options import EngineOptions, SamplingParams, ServerOptions, option_kind, options_from
 
 if TYPE_CHECKING:
     from glm4.engine.llm import LLM
@@ -37,12 +38,23 @@ def model_option(command: Command) -> Command:
 
 def engine_options(command: Command) -> Command:
     """One flag for each EngineOptions field but the model."""
-    for option in reversed([f for f in fields(EngineOptions) if f.name != "model"]):
-        default = "" if option.default is None else f" [default: {option.default}]"
+    return _flags(EngineOptions, command)
+
+
+def server_options(command: Command) -> Command:
+    """One flag for each ServerOptions field that is no secret; a command line is there for all to read."""
+    return _flags(ServerOptions, command)
+
+
+def _flags(options: type, command: Command) -> Command:
+    for option in reversed([f for f in fields(options) if f.name != "model" and not f.metadata.get("secret")]):
+        several = str(option.type).startswith("tuple")
+        default = "" if option.default in (None, ()) else f" [default: {option.default}]"
         command = click.option(
             "--" + option.name.replace("_", "-"),
             metavar=_metavar(option),
-            help=option.metadata["help"] + default,
+            help=option.metadata["help"] + ("; may be repeated" if several else default),
+            multiple=several,
         )(command)
     return command
 
@@ -92,18 +104,23 @@ def load(model: str | None, options: dict[str, Any]) -> LLM:
         raise OptionError("no model: give its folder with -m DIR, or set GLM4_MODEL (demo/glm4-demo is a tiny one)")
     said = {name: value for name, value in options.items() if value is not None}
     engine_options: EngineOptions = options_from(EngineOptions, {"model": model, **said})
+    from glm4.engine.llm import LLM
+
+    with loading_bar() as on_load:
+        return LLM(engine_options, on_load=on_load)
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, moved by calls with (tensors done, tensors in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from glm4.engine.llm import LLM
-
     console = Console(stderr=True)
-    if not console.is_terminal:
-        return LLM(engine_options)
     columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("load")
-        return LLM(engine_options, on_load=lambda done, total: progress.update(task, completed=done, total=total))
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def verbose_option(command: Command) -> Command:

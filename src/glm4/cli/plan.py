@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from glm4.errors import OptionError
-from glm4.options import DTYPES, EngineOptions, parse_size
-from glm4.plan import MemoryPlan, gib
+from glm4.options import DTYPES, KV_CACHE_DTYPES, EngineOptions, parse_memory
+from glm4.plan import MemoryPlan, gib, memory_limit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,10 +24,21 @@ _CARDS = (1, 2, 4, 8)
 @click.command("plan", short_help="what a model needs in memory, and what fits where")
 @click.argument("model", type=click.Path())
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="bfloat16", show_default=True, help="number format")
-@click.option("--memory", metavar="SIZE", help="memory of one card, such as 59GB [default: free memory here]")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(KV_CACHE_DTYPES),
+    default="auto",
+    show_default=True,
+    help="number format of the KV cache; auto: --dtype",
+)
+@click.option(
+    "--memory", metavar="SIZE", help="memory of one card, such as 59GB, or 80% of what is free here [default: 100%]"
+)
 @click.option("--cards", type=click.Choice([str(n) for n in _CARDS]), help="how many cards share the model")
 @click.option("--context", type=click.IntRange(min=1), help="longest prompt plus answer [default: the model's limit]")
-def command(model: str, dtype: str, memory: str | None, cards: str | None, context: int | None) -> None:
+def command(
+    model: str, dtype: str, kv_cache_dtype: str, memory: str | None, cards: str | None, context: int | None
+) -> None:
     """Say what the folder MODEL needs in memory, before anything is loaded (config.json is enough).
 
     \b
@@ -39,8 +50,8 @@ def command(model: str, dtype: str, memory: str | None, cards: str | None, conte
 
     config = _read_config(model)
     context = _checked_context(context, config)
-    limit = _size(memory) if memory else _free_memory()
-    plan = MemoryPlan.of(config, EngineOptions(), dtype, context)
+    limit = _size(memory or "100%")
+    plan = MemoryPlan.of(config, EngineOptions(kv_cache_dtype=kv_cache_dtype), dtype, context)
     console = Console(highlight=False)
     console.print(_needs(plan, model))
     console.print(_fits(plan))
@@ -48,10 +59,12 @@ def command(model: str, dtype: str, memory: str | None, cards: str | None, conte
 
 
 def _size(memory: str) -> int:
+    """Bytes in `memory`; an amount is that of a card which may be elsewhere, a share is of what is free here."""
     try:
-        return parse_size(memory)
+        asked = parse_memory(memory)
     except OptionError as error:
         raise OptionError(f"--memory: {error}") from error
+    return memory_limit(asked, _free_memory()) if isinstance(asked, float) else asked
 
 
 def _read_config(model: str) -> Glm4Config:
@@ -84,7 +97,7 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
         "parameters": f"{_count(plan.num_parameters)}, {config.num_hidden_layers} layers",
         "weights": ", ".join(f"{gib(replace(plan, dtype=name).weights)} in {name}" for name in DTYPES[1:]),
         "KV cache": f"{gib(plan.kv_per_token * 1024)} per 1,024 tokens, "
-        f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.dtype})",
+        f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.kv_dtype})",
         "workspace": f"{gib(plan.workspace)} for steps of {plan.max_batch_tokens:,} tokens",
         "context": f"{config.max_context:,} tokens",
     }
@@ -100,7 +113,8 @@ def _count(number: int) -> str:
 def _fits(plan: MemoryPlan) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"tokens that the KV cache holds, {plan.dtype} (– : does not fit)", title_justify="left")
+    formats = plan.dtype if plan.kv_dtype == plan.dtype else f"{plan.dtype}, KV {plan.kv_dtype}"
+    table = Table(title=f"tokens that the KV cache holds, {formats} (– : does not fit)", title_justify="left")
     table.add_column("memory of a card")
     for cards in _CARDS:
         table.add_column("1 card" if cards == 1 else f"{cards} cards", justify="right")
@@ -135,11 +149,14 @@ def _yaml(plan: MemoryPlan, model: str, limit: int) -> str:
     import yaml
 
     memory = f"{limit // 2**20}MB" if limit % 2**30 else f"{limit // 2**30}GB"
+    model_config: dict[str, str | int] = {"compute_dtype": plan.dtype, "max_length": plan.context}
+    if plan.kv_dtype != plan.dtype:
+        model_config["kv_cache_dtype"] = plan.kv_dtype
     keys = {
         "pretrained_model_dir": model,
         "use_parallel": plan.cards > 1,
         "parallel_config": {"data_parallel": 1, "model_parallel": plan.cards},
-        "model": {"model_config": {"compute_dtype": plan.dtype, "max_length": plan.context}},
+        "model": {"model_config": model_config},
         "context": {"max_device_memory": memory},
     }
     text: str = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=10_000)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from glm4.engine.messages import Failure
 from glm4.engine.request import RequestOutput
 from glm4.engine.step import TokenLogprobs
+from glm4.errors import EngineError
 
 
 class AnswerStream:
@@ -26,6 +27,7 @@ class AnswerStream:
         self._latest: RequestOutput | None = None
         """What the reader has not taken yet: the newest step's output, for the values that are not sums."""
         self._failure: Failure | None = None
+        self._embedding: list[float] | None = None
         self._news = asyncio.Event()
 
     def push(self, output: RequestOutput) -> None:
@@ -41,6 +43,18 @@ class AnswerStream:
     def abort(self) -> None:
         """End the answer where it is."""
         self.push(RequestOutput(self.number, [], [], "", "", "abort"))
+
+    def give(self, embedding: list[float]) -> None:
+        """End a request that only reads its prompt."""
+        self._embedding = embedding
+        self._news.set()
+
+    async def embedding(self) -> list[float]:
+        """What was given. Raises the error that ended the request instead."""
+        await self._news.wait()
+        if self._embedding is None:
+            raise self._failure.error() if self._failure else EngineError("the request has been aborted")
+        return self._embedding
 
     def fail(self, failure: Failure) -> None:
         """End the answer with an error."""

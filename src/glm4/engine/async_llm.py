@@ -23,6 +23,7 @@ from glm4.engine.messages import (
     HEADER_BYTES,
     Abort,
     Add,
+    Embedding,
     Failure,
     GetStats,
     LoadFailed,
@@ -164,18 +165,34 @@ class AsyncLLM:
         """The model is a GLM-Z1: its answers begin inside a thought that `</think>` ends."""
         return _started(self._text)[1].thinks
 
+    @property
+    def has_own_tools(self) -> bool:
+        """The model is a GLM-Z1-Rumination, whose chat template brings its own tools and ignores all others."""
+        return _started(self._text)[1].has_own_tools
+
+    async def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, *, thinking: bool = True
+    ) -> list[int]:
+        """The token ids that ask for the next answer in a conversation; see `ChatTemplate.encode`.
+
+        Raises PromptError for malformed messages, and for a folder without a chat template.
+        """
+        tokenizer, template = _started(self._text)
+        return await asyncio.to_thread(template.encode, tokenizer, messages, tools, thinking=thinking)
+
     async def generate(
         self,
         prompt: str | list[int] | Sequence[Message],
         sampling: SamplingParams | None = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
+        chat: bool = False,
         request_id: str | None = None,
         priority: int = 0,
         choice: int = 0,
         after: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The answer to one raw prompt (text or ids) or one conversation, as it grows.
+        """The answer to one raw prompt (text or ids) or one conversation, as it grows; `chat`: the ids are one's.
 
         Steps that a slow reader misses are merged: `delta` is always what was added since the output before.
         Leaving the loop early, closing the generator or cancelling its task ends the request and frees its blocks;
@@ -191,10 +208,10 @@ class AsyncLLM:
         number = next(self._ids)
         stream = self._streams[number] = AnswerStream(number, request_id)
         try:
-            stream.prompt_token_ids, chat = await self._encode(prompt, tools)
+            stream.prompt_token_ids, through_template = await self._encode(prompt, tools)
             first = next((each.number for each in self._streams.values() if after and each.request_id == after), None)
             stream.frame = _add_frame(
-                Add(number, stream.prompt_token_ids, sampling, chat, priority, choice, after=first)
+                Add(number, stream.prompt_token_ids, sampling, chat or through_template, priority, choice, after=first)
             )
             self._send(stream)
             while True:
@@ -202,6 +219,19 @@ class AsyncLLM:
                 yield output
                 if output.finish_reason is not None:
                     return
+        finally:
+            self._drop(stream)
+
+    async def embed(self, prompt: str | list[int], *, priority: int = 0) -> list[float]:
+        """The mean of the prompt's last hidden states (after the final norm), as `LLM.embed`."""
+        self._refuse_if_closed()
+        number = next(self._ids)
+        stream = self._streams[number] = AnswerStream(number, None)
+        try:
+            token_ids, _ = await self._encode(prompt, None)
+            stream.frame = _add_frame(Add(number, token_ids, None, False, priority, 0, None, embed=True))
+            self._send(stream)
+            return await stream.embedding()
         finally:
             self._drop(stream)
 
@@ -242,9 +272,9 @@ class AsyncLLM:
 
     async def _encode(self, prompt: Any, tools: Sequence[dict[str, Any]] | None) -> tuple[list[int], bool]:
         """Token ids, and whether they came through the chat template."""
-        tokenizer, template = _started(self._text)
+        tokenizer, _ = _started(self._text)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return await asyncio.to_thread(template.encode, tokenizer, prompt, tools), True
+            return await self.encode_chat(prompt, tools), True
         if tools:
             raise OptionError("tools belong to a conversation: give messages in place of a raw prompt")
         if isinstance(prompt, str):
@@ -361,10 +391,14 @@ class AsyncLLM:
         self._fail_stats(end)
         self._loaded.set()
 
-    def _take(self, message: Loading | Ready | Progress | Stats, process: EngineProcess) -> None:
+    def _take(self, message: Loading | Ready | Progress | Embedding | Stats, process: EngineProcess) -> None:
         match message:
             case Progress():
                 self._take_progress(message)
+            case Embedding(number, values):
+                if number in self._streams:
+                    self._ended(stream := self._streams[number])
+                    stream.give(values)
             case Stats():
                 asked = self._stats_asked.popleft()
                 if not asked.done():

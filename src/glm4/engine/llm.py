@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -19,15 +20,19 @@ from typing_extensions import TypeIs
 from glm4 import device as devices
 from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import Checkpoint
+from glm4.engine.draft_model import DraftModel, open_draft
 from glm4.engine.engine import Engine
-from glm4.engine.request import RequestOutput
+from glm4.engine.progress import answer_progress
+from glm4.engine.request import Reading, RequestOutput
 from glm4.engine.stats import EngineStats
 from glm4.engine.torch_runner import TorchRunner
-from glm4.errors import Glm4Error, OptionError, PromptError
+from glm4.errors import EngineError, OptionError, PromptError
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
 from glm4.model.loading import load_model
+from glm4.model.utils import shapes_of
 from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from
-from glm4.plan import MemoryPlan, gib
+from glm4.plan import MemoryPlan, gib, memory_limit
+from glm4.quantization.weights import Weights
 from glm4.text.chat import ChatTemplate
 from glm4.text.tokenizer import Tokenizer
 
@@ -71,37 +76,50 @@ class LLM:
         self.engine = self._build_engine(folder, folder_sampling(generation, self.thinks), on_load)
         self.last_stats = EngineStats()
         self._lock = threading.RLock()
-        self._inboxes: dict[int, deque[RequestOutput | Glm4Error]] = {}
+        self._inboxes: dict[int, deque[RequestOutput | EngineError]] = {}
         """Where the outputs of each open request go: one inbox for each call, from whichever thread."""
 
     def _build_engine(self, folder: ModelFolder, said: SamplingParams, on_load: Callable[[int, int], None]) -> Engine:
         options, config = self.options, self.config
         checkpoint = Checkpoint.open(folder)
         device = devices.select_device(options.device, options.device_id)
-        stored = checkpoint.info(checkpoint.names()[0]).dtype
+        stored = checkpoint.info("model.embed_tokens.weight").dtype
         dtype = devices.select_dtype(options.dtype, stored, device)
         max_len = _max_model_len(options, config)
-        plan = MemoryPlan.of(config, options, str(dtype).removeprefix("torch."), max_len)
+        draft = open_draft(options.speculative_model, folder, self.tokenizer) if options.speculative_model else None
+        weights = Weights(checkpoint, shapes_of(config), options.quantization)
+        plan = MemoryPlan.of(
+            config, options, str(dtype).removeprefix("torch."), max_len,
+            draft=draft and draft[1], layouts=weights.layouts,
+        )  # fmt: skip
         free = devices.free_memory(device)
-        limit = min(free, options.max_device_memory or free)
+        limit = memory_limit(options.max_device_memory, free)
         num_blocks = plan.kv_blocks(limit, free)
         log.info(
-            "%s, %s on %s: weights %s, KV cache for %d tokens, %s allowed",
-            folder.path.name, plan.dtype, device, gib(plan.weights), num_blocks * options.block_size, gib(limit),
+            "%s, %s on %s: weights %s, KV cache for %d tokens in %s, %s allowed",
+            folder.path.name, plan.weight_format, device, gib(plan.weights), num_blocks * options.block_size,
+            plan.kv_dtype, gib(limit),
         )  # fmt: skip
-        total, done = len(checkpoint.names()), 0
+        total, done = sum(len(shapes_of(model)) for model in (config, draft and draft[1]) if model), 0
 
         def count(name: str) -> None:
             nonlocal done
             done += 1
             on_load(done, total)
 
+        def load_runner(checkpoint: Checkpoint, config: Glm4Config) -> TorchRunner:
+            model = load_model(checkpoint, config, device, dtype, count, options.quantization)
+            unknown_ids = self.tokenizer.unknown_ids(config.vocab_size)
+            return TorchRunner(model, num_blocks, options.block_size, unknown_ids, getattr(torch, plan.kv_dtype))
+
         started = time.perf_counter()
-        self.model = model = load_model(checkpoint, config, device, dtype, count)
+        runner, drafter = load_runner(checkpoint, config), None
+        self.model = runner.model
+        if draft and plan.draft:
+            drafter = DraftModel(load_runner(*draft), plan.draft.max_batch_tokens, plan.draft.context)
         log.info("loaded in %.1f s", time.perf_counter() - started)
-        runner = TorchRunner(model, num_blocks, options.block_size, self.tokenizer.unknown_ids(config.vocab_size))
         max_len = min(max_len, num_blocks * options.block_size)
-        return Engine(runner, self.tokenizer, said.over(GREEDY), config.eos_token_ids, max_len, options)
+        return Engine(runner, self.tokenizer, said.over(GREEDY), config.eos_token_ids, max_len, options, drafter)
 
     @property
     def has_chat_template(self) -> bool:
@@ -123,32 +141,43 @@ class LLM:
         """What holds for a request that says nothing of its own."""
         return self.engine.defaults
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """The token ids that ask for the next answer in a conversation.
+    @property
+    def has_own_tools(self) -> bool:
+        """The model is a GLM-Z1-Rumination, whose chat template brings its own tools and ignores all others."""
+        return self._template.has_own_tools
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, *, thinking: bool = True
+    ) -> list[int]:
+        """The token ids that ask for the next answer in a conversation; see `ChatTemplate.encode`.
 
         Raises PromptError for malformed messages, and for a folder without a chat template.
         """
-        return self._template.encode(self.tokenizer, messages, tools=tools)
+        return self._template.encode(self.tokenizer, messages, tools, thinking=thinking)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, *, progress: bool = True
     ) -> list[RequestOutput]:
         """Continue raw prompts, texts or token ids, all side by side; `n` outputs each, in order.
 
-        Raises PromptError or MemoryPlanError for a prompt that cannot be served, before anything runs.
+        progress: show a bar for several prompts, where standard error is a terminal.
+        Raises PromptError, OptionError or MemoryPlanError for what cannot be served, before anything runs. A request
+        that fails on its way has the finish_reason "error" and the reason in `error`; EngineError when all fail.
         """
         several = [prompts] if _is_prompt(prompts) else prompts
-        return self._run([self._as_ids(prompt) for prompt in several], sampling, chat=False)
+        return self._run([self._as_ids(prompt) for prompt in several], sampling, False, progress)
 
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several, all side by side; `n` outputs each, in order."""
         several = [conversations] if _is_conversation(conversations) else conversations
-        return self._run([self.encode_chat(messages, tools) for messages in several], sampling, chat=True)
+        return self._run([self.encode_chat(messages, tools) for messages in several], sampling, True, progress)
 
     def stream(
         self,
@@ -158,13 +187,20 @@ class LLM:
     ) -> Generator[RequestOutput]:
         """The answer to one raw prompt (text or ids) or one conversation, as it grows.
 
-        Leaving the loop early ends the request and frees its blocks.
+        Leaving the loop early ends the request and frees its blocks. Raises EngineError when the request fails.
         """
         if (sampling or SamplingParams()).over(self.engine.defaults).n != 1:
             raise OptionError("n: a stream is one answer; leave n out, or take several with LLM.chat in Python")
         if _is_conversation(prompt):
-            return self._stream([self.encode_chat(prompt, tools)], sampling, chat=True)
-        return self._stream([self._as_ids(prompt)], sampling, chat=False)
+            return self._one(self._stream([self.encode_chat(prompt, tools)], sampling, chat=True))
+        return self._one(self._stream([self._as_ids(prompt)], sampling, chat=False))
+
+    def _one(self, outputs: Generator[RequestOutput]) -> Generator[RequestOutput]:
+        with closing(outputs):
+            for output in outputs:
+                if output.error is not None:
+                    raise EngineError(output.error)
+                yield output
 
     def _as_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -173,29 +209,81 @@ class LLM:
             raise PromptError("a prompt is a text or a list of token ids; messages go to chat")
         return list(prompt)
 
-    def _run(self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool) -> list[RequestOutput]:
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+        """For each prompt the mean of its tokens' last hidden states (after the final norm), [hidden_size]."""
+        outputs = self._read(prompts, Reading("sum"))
+        return [mean_hidden_state(output) for output in outputs]
+
+    def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[torch.Tensor]:
+        """For each prompt its tokens' last hidden states (after the final norm), [tokens, hidden_size]."""
+        return [torch.cat(output.hidden_states) for output in self._read(prompts, Reading("all"))]
+
+    def logits(self, prompts: Prompt | Sequence[Prompt], positions: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """For each prompt the logits after the tokens at `positions`, float32 [positions, vocab_size].
+
+        A negative position counts from the end; None: after each token. Rows come in the order of the prompt.
+        Raises PromptError for a position that a prompt does not have.
+        """
+        return [torch.cat(output.logits) for output in self._read(prompts, Reading(), positions, wants_logits=True)]
+
+    def _read(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        reading: Reading,
+        positions: Sequence[int] | None = None,
+        wants_logits: bool = False,
+    ) -> list[RequestOutput]:
+        several = [self._as_ids(prompt) for prompt in ([prompts] if _is_prompt(prompts) else prompts)]
+        readings = [
+            replace(reading, logits_at=_positions(len(ids), positions)) if wants_logits else reading for ids in several
+        ]
+        latest = {output.request_id: output for output in self._stream(several, None, False, readings=readings)}
+        for output in latest.values():
+            if output.error is not None:
+                raise EngineError(output.error)
+        return [latest[request_id] for request_id in sorted(latest)]
+
+    def _run(
+        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool, progress: bool
+    ) -> list[RequestOutput]:
         params = (sampling or SamplingParams()).over(self.engine.defaults)
         kept, drawn = params.n or 1, params.best_of or params.n or 1
         if drawn > kept and params.logprobs is None:
             sampling = replace(sampling or SamplingParams(), logprobs=0)  # by which the likeliest are found
-        latest = {output.request_id: output for output in self._stream(prompts, sampling, chat, drawn)}
+        latest: dict[int, RequestOutput] = {}
+        shown = progress and len(prompts) > 1
+        with answer_progress(lambda: sum(len(output.token_ids) for output in latest.values()), shown) as bar:
+            task = bar.add_task("", total=len(prompts) * drawn)
+            for output in self._stream(prompts, sampling, chat, drawn):
+                latest[output.request_id] = output
+                bar.advance(task, output.finish_reason is not None)
         outputs = [latest[request_id] for request_id in sorted(latest)]
+        failures = [output.error for output in outputs if output.error is not None]
+        for reason in failures:
+            log.error("%s", reason)
+        if failures and len(failures) == len(outputs):
+            raise EngineError(failures[0])
         groups = [outputs[first : first + drawn] for first in range(0, len(outputs), drawn)]
         if drawn > kept:
             groups = [sorted(group, key=_mean_logprob, reverse=True)[:kept] for group in groups]
         return [output for group in groups for output in group]
 
     def _stream(
-        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool, choices: int = 1
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams | None,
+        chat: bool,
+        choices: int = 1,
+        readings: Sequence[Reading | None] = (),
     ) -> Generator[RequestOutput]:
         engine = self.engine
         ids: list[int] = []
-        mine: deque[RequestOutput | Glm4Error] = deque()
+        mine: deque[RequestOutput | EngineError] = deque()
         try:
             with self._lock:
                 engine.stats = self.last_stats = EngineStats()
-                for prompt in prompts:
-                    ids.append(first := engine.add(prompt, sampling, chat=chat))
+                for prompt, reading in zip(prompts, readings or [None] * len(prompts), strict=True):
+                    ids.append(first := engine.add(prompt, sampling, chat=chat, reading=reading))
                     ids.extend(
                         engine.add(prompt, sampling, chat=chat, choice=choice, after=first)
                         for choice in range(1, choices)
@@ -213,20 +301,38 @@ class LLM:
                 for request_id in ids:
                     self._inboxes.pop(request_id, None)
 
-    def _next(self, mine: deque[RequestOutput | Glm4Error]) -> RequestOutput:
+    def _next(self, mine: deque[RequestOutput | EngineError]) -> RequestOutput:
         """The next output of `mine`; a step serves every open call, so each one's outputs go to its own inbox."""
         with self._lock:
             while not mine:
                 try:
                     for output in self.engine.step():
                         self._inboxes[output.request_id].append(output)
-                except Glm4Error as error:  # it has ended every request
+                except Exception as error:  # the engine is in an unknown state: whoever waits must know
+                    self.engine.abort(*self._inboxes)
+                    broken = EngineError(f"the engine failed: {type(error).__name__}: {error}; load the model again")
+                    broken.__cause__ = error
                     for inbox in {id(each): each for each in self._inboxes.values()}.values():
-                        inbox.append(error)
+                        inbox.append(broken)
             item = mine.popleft()
-        if isinstance(item, Glm4Error):
+        if isinstance(item, EngineError):
             raise item
         return item
+
+
+def mean_hidden_state(output: RequestOutput) -> list[float]:
+    """The mean over a prompt that was read with Reading("sum")."""
+    mean: list[float] = (sum(output.hidden_states) / len(output.prompt_token_ids)).tolist()
+    return mean
+
+
+def _positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
+    if positions is None:
+        return tuple(range(length))
+    for position in positions:
+        if not -length <= position < length:
+            raise PromptError(f"position {position} is not in a prompt of {length} tokens")
+    return tuple(sorted({position % length for position in positions}))
 
 
 def _mean_logprob(output: RequestOutput) -> float:

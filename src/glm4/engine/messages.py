@@ -6,7 +6,7 @@ Each message is msgpack in a frame: one byte of version, four of length (big-end
     Load           ──▶
                    ◀──     Loading …, then Ready or LoadFailed
     Add, Abort     ──▶
-                   ◀──     Progress, one for each step
+                   ◀──     Progress, one for each step; Embedding for a prompt that is only read
     GetStats       ──▶
                    ◀──     Stats
 
@@ -25,7 +25,7 @@ from glm4.engine.request import RequestOutput
 from glm4.errors import EngineError, Glm4Error
 from glm4.options import EngineOptions, SamplingParams
 
-MESSAGE_VERSION = 1
+MESSAGE_VERSION = 2
 _HEADER = struct.Struct(">BI")
 HEADER_BYTES = _HEADER.size
 
@@ -69,6 +69,8 @@ class Add(_Message, frozen=True):
     choice: int
     after: int | None
     """The caller's id of another request, as `Engine.add` takes its own."""
+    embed: bool = False
+    """The prompt is only read; the answer is one Embedding."""
 
 
 class Abort(_Message, frozen=True):
@@ -108,6 +110,13 @@ class Progress(_Message, frozen=True):
     failures: list[tuple[int, Failure]] = []
 
 
+class Embedding(_Message, frozen=True):
+    """The mean of a prompt's last hidden states, by the caller's id."""
+
+    id: int
+    values: list[float]
+
+
 class Stats(_Message, frozen=True):
     """What the engine holds now, and what it has counted since its process started."""
 
@@ -126,7 +135,7 @@ class Stats(_Message, frozen=True):
 
 
 FromCaller = Add | Abort | GetStats
-FromEngine = Loading | Ready | LoadFailed | Progress | Stats
+FromEngine = Loading | Ready | LoadFailed | Progress | Embedding | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 decode_load = msgspec.msgpack.Decoder(Load).decode

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from glm4.engine.step import TokenLogprobs
+from glm4.engine.step import HiddenStates, TokenLogprobs
 from glm4.options import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is wanted of a prompt that is only read, not continued."""
+
+    hidden_states: HiddenStates = "none"
+    logits_at: tuple[int, ...] = ()
+    """Positions in the prompt."""
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,9 +36,13 @@ class Request:
     """Lower ones are served first; among equals, those that came first."""
     after: Request | None = None
     """A request with the same prompt that computes it first, so that this one finds it in the cache."""
+    reading: Reading | None = None
+    """Set for a request that ends when its prompt has been computed."""
     draft_token_ids: list[int] = field(default_factory=list)
     """Guesses of what comes next, for the next step to confirm."""
     is_running: bool = False
+    is_paused: bool = False
+    """It keeps what it holds and is not computed: the beams of a search wait for each other."""
     num_computed: int = 0
     """How many of its tokens have their keys and values in the cache."""
     block_ids: list[int] = field(default_factory=list)
@@ -44,6 +58,16 @@ class Request:
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be picked."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Each of its prompt's tokens must be computed, though the cache may hold what others computed of it."""
+        return self.reading is not None or self.sampling.prompt_logprobs is not None
+
+    @property
+    def is_beam(self) -> bool:
+        """A search decides how it goes on, not the sampler."""
+        return (self.sampling.num_beams or 1) > 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -74,10 +98,15 @@ class RequestOutput:
     delta: str
     """What this step added to `text`."""
     finish_reason: FinishReason | None
-    """"stop": the model ended the answer, or a stop string or id was met; "length": a limit was met."""
+    """"stop": the model ended the answer, its form is complete, or a stop string or id was met; "length": a limit was
+    met; "error": it failed, and `error` says why."""
     stop_reason: str | int | None = None
     """The stop string or the id that ended the answer."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One for each of `token_ids`, where they were asked for."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One for each of the prompt's tokens but the first, where they were asked for."""
+    error: str | None = None
+    hidden_states: list[Any] = field(default_factory=list)
+    """Of a prompt that was only read, in pieces; so is `logits`."""
+    logits: list[Any] = field(default_factory=list)

@@ -7,7 +7,7 @@ When blocks run out, the last in order gives up its own and computes its tokens 
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import FinishReason, Request
@@ -37,19 +37,24 @@ class Scheduler:
         self.running: list[Request] = []
         """Both in order, the first to be served first."""
         self._finished_ids: list[int] = []
+        self._block_copies: list[tuple[int, int]] = []
 
     @property
     def has_work(self) -> bool:
         """A request is waiting or running."""
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises MemoryPlanError for one that could not finish even if it were alone."""
-        capacity = self.pool.num_blocks * self.pool.block_size
+    def add(self, request: Request, copies: int = 1) -> None:
+        """Queue a request, which may be forked into as many `copies`.
+
+        Raises MemoryPlanError for one that could not finish even if it were alone.
+        """
+        capacity = self.pool.num_blocks // copies * self.pool.block_size
         if request.max_len > capacity:
+            each = f" for each of {copies} beams" if copies > 1 else ""
             raise MemoryPlanError(
                 f"prompt of {request.prompt_len} tokens plus {request.max_len - request.prompt_len} new ones needs "
-                f"room for {request.max_len}, and the KV cache holds {capacity}: lower max_new_tokens or raise "
+                f"room for {request.max_len}, and the KV cache holds {capacity}{each}: lower max_new_tokens or raise "
                 "max_device_memory"
             )
         bisect.insort(self.waiting, request, key=_order)
@@ -59,29 +64,38 @@ class Scheduler:
         budget = self.max_batch_tokens
         steps: list[RequestStep] = []
         for request in list(self.running):
-            if budget == 0 or not request.is_running:  # it may have lost its blocks to one before it
+            # One that is no longer running has lost its blocks to one before it.
+            if budget == 0 or request.is_paused or not request.is_running:
                 continue
             count = min(request.num_pending + len(request.draft_token_ids), budget)
             if self._make_room(request, count):
                 steps.append(self._step(request, count))
                 budget -= count
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
-            request = self.waiting[0]
+        place = 0
+        while place < len(self.waiting) and budget > 0 and len(self.running) < self.max_batch_requests:
+            request = self.waiting[place]
+            if request.is_paused:
+                place += 1
+                continue
             if request.waits_for_another or not self._admit(request):
                 break
-            del self.waiting[0]
+            del self.waiting[place]
             request.is_running = True
             bisect.insort(self.running, request, key=_order)
             count = min(request.num_pending, budget)
             request.block_ids += self.pool.take(self._missing_blocks(request, count))
             steps.append(self._step(request, count))
             budget -= count
+        if not steps and self.running and not all(request.is_paused for request in self.waiting):
+            self._preempt(self.running[-1])  # only paused ones run, and what they wait for has no room beside them
+            return self.plan()
         finished, self._finished_ids = self._finished_ids, []
-        return StepPlan(steps, finished_ids=finished)
+        copies, self._block_copies = self._block_copies, []
+        return StepPlan(steps, copies, finished)
 
     def _admit(self, request: Request) -> bool:
         """Hold the blocks that already have the beginning of `request`; False when the rest has no room now."""
-        shareable = self.prefix_caching and request.sampling.prompt_logprobs is None
+        shareable = self.prefix_caching and not request.needs_every_token
         prefix = self.pool.find_prefix(request.token_ids if shareable else [])
         if self.pool.blocks_for(len(request.token_ids)) - len(prefix.blocks) > prefix.num_free_beside:
             return False
@@ -131,9 +145,11 @@ class Scheduler:
             token_ids=request.token_ids[start:end] + drafts,
             start=start,
             block_ids=list(request.block_ids),
-            logits_at=list(range(pending - 1, count)),
+            logits_at=[] if request.reading else list(range(pending - 1, count)),
             draft_token_ids=drafts,
             prompt_targets=self._prompt_targets(request, start, end),
+            hidden_states=request.reading.hidden_states if request.reading else "none",
+            raw_logits_at=[p - start for p in request.reading.logits_at if start <= p < end] if request.reading else [],
             sampling=request.sampling if first_time else None,
             earlier_token_ids=request.token_ids[:start] if first_time else [],
             prompt_len=request.prompt_len if first_time else 0,
@@ -146,7 +162,7 @@ class Scheduler:
         return request.token_ids[start + 1 : min(end + 1, request.prompt_len)]
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        """Take in what `plan` gave: the requests that got a token, those that ended by an id or a limit marked so."""
+        """Take in what `plan` gave: the requests that got a token or have been read, those that ended marked so."""
         by_id = {request.request_id: request for request in self.running}
         progressed = []
         for step in plan.requests:
@@ -157,6 +173,9 @@ class Scheduler:
             rejected = len(step.draft_token_ids) + 1 - len(picked) if picked else 0
             request.num_computed += len(step.token_ids) - rejected
             self._publish(request)
+            if request.reading is not None and request.num_pending == 0:
+                self.finish(request, "stop")
+                progressed.append(request)
             if picked:
                 self._extend(request, picked)
                 progressed.append(request)
@@ -178,6 +197,33 @@ class Scheduler:
             if reason:
                 self.finish(request, reason)
                 return
+
+    def fork(self, request: Request, request_id: int) -> Request:
+        """A request that goes on from where `request` is, by itself.
+
+        They share the blocks that are full; of the one that is written next each has its own copy. Where there is no
+        room for that, the new one waits and computes its tokens again, as after a preemption.
+        """
+        num_full, remainder = divmod(request.num_computed, self.pool.block_size)
+        child = replace(
+            request,
+            request_id=request_id,
+            token_ids=list(request.token_ids),
+            draft_token_ids=[],
+            known_to_runner=False,
+            is_running=request.is_running and self.pool.num_free >= (remainder > 0),
+        )
+        if child.is_running:
+            child.block_ids = request.block_ids[:num_full]
+            self.pool.share(child.block_ids)
+            if remainder:
+                [copy] = self.pool.take(1)
+                self._block_copies.append((request.block_ids[num_full], copy))
+                child.block_ids.append(copy)
+        else:
+            child.num_computed, child.block_ids = 0, []
+        bisect.insort(self.running if child.is_running else self.waiting, child, key=_order)
+        return child
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it is, and free its blocks."""

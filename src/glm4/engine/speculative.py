@@ -2,20 +2,49 @@
 
 A draft is confirmed exactly when it is the token that would have been picked without it, greedy or drawn: a random
 number depends on the request's seed and the position alone. So the words are the same, only sooner.
+
+Whether it is sooner depends on the text, the models and the machine, so drafts are paid for out of what they save: see
+`Speculator`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Protocol
 
+from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import Request
-from glm4.engine.step import StepPlan, StepResult
+from glm4.engine.step import RequestStep, StepPlan, StepResult
 
-_WINDOW = 32
-"""Drafts over which a request's acceptance is judged."""
-_RETRY_AFTER = 256
-"""Tokens after which a request whose drafts did not pay is tried again."""
+_SHARE = 0.03
+"""What may be lost to drafts that do not pay, of all time; the other 2 % of the promised 5 are for noise."""
+_FIRST_CREDIT = 2.0
+_MOST_CREDIT = 8.0
+"""Tokens' worth of time that a request may lose before it rests: at first, and after drafts that paid well."""
+_WAKING_CREDIT = 1.0
+"""A resting request drafts again when it has saved up this much."""
+_MOST_SAVINGS = 64
+"""Steps' worth of past savings that may be spent on trials, so that good times do not pay for endless bad ones."""
+_FIRST_COUNT = 2
+
+log = logging.getLogger("glm4")
+
+
+class Drafter(Protocol):
+    """Proposes tokens."""
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        """For each request at most so many tokens that may follow its token_ids; none where it has no idea."""
+        ...
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Drop what is kept for requests that ended, or lost their place for now."""
+        ...
 
 
 class PromptLookup:
@@ -29,8 +58,11 @@ class PromptLookup:
         self.longest, self.shortest = longest, shortest
         self._indexes: dict[int, _Index] = {}
 
-    def propose(self, request: Request, count: int) -> list[int]:
-        """At most `count` tokens that may follow request.token_ids."""
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        """See `Drafter.propose`."""
+        return [self._look_up(request, count) for request, count in wanted]
+
+    def _look_up(self, request: Request, count: int) -> list[int]:
         tokens = request.token_ids
         index = self._indexes.setdefault(request.request_id, _Index())
         index.extend(tokens, range(self.shortest, self.longest + 1))
@@ -41,7 +73,7 @@ class PromptLookup:
         return []
 
     def forget(self, request_ids: Iterable[int]) -> None:
-        """Drop what is kept for ended requests."""
+        """See `Drafter.forget`."""
         for request_id in request_ids:
             self._indexes.pop(request_id, None)
 
@@ -61,51 +93,188 @@ class _Index:
         self.length = len(tokens)
 
 
-@dataclass(slots=True)
-class _Record:
-    """How a request's drafts fared lately."""
+class _PlainSteps:
+    """How long steps of so many requests take without drafts."""
 
-    drafted: int = 0
-    confirmed: int = 0
-    resting_until: int = 0
-    """Length of the request at which it is tried again."""
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+        self._measured_at: dict[int, int] = {}
+        self._num_steps = 0
+
+    def is_due(self, num_requests: int) -> bool:
+        """It is to be measured (again): contexts grow. The more is known, the rarer."""
+        self._num_steps += 1
+        known = self._seconds.get(num_requests, ())
+        return self._num_steps > self._measured_at.get(num_requests, 0) + 16 * len(known)
+
+    def add(self, num_requests: int, seconds: float) -> None:
+        self._seconds.setdefault(num_requests, deque(maxlen=5)).append(seconds)
+        self._measured_at[num_requests] = self._num_steps
+
+    def seconds(self, num_requests: int) -> float | None:
+        known = self._seconds.get(num_requests)
+        return median(known) if known else None
+
+
+@dataclass(slots=True)
+class _Account:
+    """How a request's drafts fare, in tokens' worth of its time."""
+
+    credit: float = _FIRST_CREDIT
+    count: int = _FIRST_COUNT
+    """Tokens to guess next time."""
+    resting: bool = False
+    fresh: bool = True
+    """No drafts yet, or none since it rested: the drafter has much to catch up on."""
+
+    def judge(self, drafted: int, confirmed: int, price: float) -> float:
+        """What `drafted` tokens earned. Longer guesses after one that was wholly right, shorter ones otherwise.
+
+        The first guess is free: what it cost is not known by itself.
+        """
+        self.count = drafted + 2 if confirmed == drafted else confirmed + 1
+        earned = confirmed - (0.0 if self.fresh else price * drafted)
+        self.fresh = False
+        self.earn(earned)
+        return earned
+
+    def earn(self, tokens: float) -> None:
+        self.credit = min(self.credit + tokens, _MOST_CREDIT)
+        if self.credit <= 0:
+            self.resting = self.fresh = True
+            self.count = _FIRST_COUNT
+        elif self.credit >= _WAKING_CREDIT:
+            self.resting = False
 
 
 class Speculator:
-    """Asks a drafter for each request, and lets one rest whose drafts do not pay."""
+    """Asks a drafter for drafts where they pay.
 
-    def __init__(self, drafter: PromptLookup, count: int, least_acceptance: float = 0.25) -> None:
-        """`count`: drafts a step; below `least_acceptance` of them confirmed, a request rests for a while."""
-        self.drafter, self.count, self.least_acceptance = drafter, count, least_acceptance
+    The cost of a draft is measured against steps without drafts: the time it takes to guess it and to compute one more
+    row. A request spends credit on its drafts and earns it with confirmed ones; without credit it rests. Every token
+    earns `_SHARE` of its time besides, so a resting request is tried again, and no request loses more than that share
+    and what it began with. Beginning costs more, for a draft model has the prompt to read: requests begin only while
+    the engine as a whole is not in debt, by the same rule.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        count: int,
+        pool: BlockPool,
+        max_batch_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`count`: drafts a step and request at most, as far as the free blocks of `pool` and the step have room."""
+        self.drafter, self.count = drafter, count
+        self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.clock = clock
         self.drafted = self.confirmed = 0
-        self._records: dict[int, _Record] = {}
+        """Tokens guessed so far, and those of them that were right."""
+        self.balance = 0.0
+        """Seconds that may be lost now without losing more than `_SHARE` of all time."""
+        self._accounts: dict[int, _Account] = {}
+        self._drafting: set[int] = set()
+        """Requests for which the drafter keeps something."""
+        self._plain = _PlainSteps()
+        self._prices: deque[float] = deque(maxlen=15)
+        """What a draft cost lately, in tokens' worth of time."""
+        self._proposed: dict[int, int] = {}
+        """Drafts of the step at hand; some may be cut before it, which is as bad as being wrong."""
+        self._prepared_at = self._spent = 0.0
+        self._broken = False
 
-    def prepare(self, requests: Iterable[Request]) -> None:
-        """Put drafts into those of `requests` that have nothing else to catch up on."""
-        for request in requests:
-            room = request.max_len - len(request.token_ids) - 1
-            record = self._records.setdefault(request.request_id, _Record())
-            if request.num_pending == 1 and room > 0 and len(request.token_ids) >= record.resting_until:
-                request.draft_token_ids = self.drafter.propose(request, min(self.count, room))
+    def prepare(self, running: Sequence[Request]) -> None:
+        """Put drafts into those of `running` where they are likely to pay. The drafter's errors harm no request."""
+        started = self.clock()
+        self._let_go(self._drafting.difference(request.request_id for request in running))
+        self._proposed = {}
+        wanted = [] if self._broken else self._wanted(running)
+        if wanted:
+            self._drafting.update(request.request_id for request, _ in wanted)
+            try:
+                proposed = self.drafter.propose(wanted)
+            except Exception as error:
+                log.warning("no more drafts: guessing failed (%s: %s)", type(error).__name__, error)
+                self._broken, proposed = True, []
+            for (request, _), drafts in zip(wanted, proposed, strict=not self._broken):
+                request.draft_token_ids = drafts
+            self._proposed = {request.request_id: len(request.draft_token_ids) for request, _ in wanted}
+        self._prepared_at = self.clock()
+        self._spent = self._prepared_at - started
+
+    def _wanted(self, running: Sequence[Request]) -> list[tuple[Request, int]]:
+        """Requests to guess for, and how many tokens; none while a prompt is computed, which hides what drafts cost."""
+        if not running or any(request.num_pending > 1 for request in running) or self._plain.is_due(len(running)):
+            return []
+        room = self.max_batch_tokens - len(running)
+        free = self.pool.num_free - sum(self._missing_blocks(request, 1) for request in running)
+        wanted = []
+        for request in running:
+            account = self._accounts.setdefault(request.request_id, _Account())
+            if account.resting or (account.fresh and self.balance < 0):
+                continue
+            count = min(account.count, self.count, request.max_len - len(request.token_ids) - 1, room)
+            missing = self._missing_blocks(request, 1 + count) - self._missing_blocks(request, 1)
+            if count > 0 and missing <= free:
+                wanted.append((request, count))
+                room -= count
+                free -= missing
+        return wanted
+
+    def _missing_blocks(self, request: Request, count: int) -> int:
+        return max(0, self.pool.blocks_for(request.num_computed + count) - len(request.block_ids))
 
     def learn(self, plan: StepPlan, result: StepResult) -> None:
-        """Take in which drafts of `plan` were confirmed."""
+        """Take in which drafts of `plan` were confirmed, and what they cost."""
+        share = self._measure(plan.requests, self.clock() - self._prepared_at)
+        price = max(0.0, median(self._prices)) if self._prices else 0.0
         for step in plan.requests:
-            if not step.draft_token_ids or step.request_id not in result.results:
+            if not step.logits_at or step.request_id not in result.results:
                 continue
-            record = self._records[step.request_id]
+            account = self._accounts.setdefault(step.request_id, _Account())
             confirmed = len(result.results[step.request_id].token_ids) - 1
-            self.drafted += len(step.draft_token_ids)
-            self.confirmed += confirmed
-            record.drafted += len(step.draft_token_ids)
-            record.confirmed += confirmed
-            if record.drafted >= _WINDOW:
-                if record.confirmed < self.least_acceptance * record.drafted:
-                    record.resting_until = step.start + _RETRY_AFTER
-                record.drafted = record.confirmed = 0
+            account.earn(_SHARE * (1 + confirmed))
+            if drafted := self._proposed.get(step.request_id, 0):
+                self.drafted += drafted
+                self.confirmed += confirmed
+                self.balance += share * account.judge(drafted, confirmed, price)
+        if share:
+            self.balance = min(self.balance, _MOST_SAVINGS * share * len(plan.requests))
 
-    def forget(self, request_ids: Iterable[int]) -> None:
+    def _measure(self, steps: Sequence[RequestStep], seconds: float) -> float:
+        """Take in how long a step took; the seconds that each token of it would take without drafts, 0 if unknown."""
+        self.balance += _SHARE * seconds
+        if not all(step.start > 0 and step.logits_at[:1] == [0] for step in steps):  # a prompt is among them
+            self.balance -= self._spent
+            return 0.0
+        num_drafts = sum(self._proposed.values())
+        if not num_drafts:
+            self._plain.add(len(steps), seconds)
+        plain = self._plain.seconds(len(steps))
+        if not plain:
+            return 0.0
+        cost = self._spent + (seconds - plain if num_drafts else 0.0)
+        if num_drafts and not self._has_fresh():
+            self._prices.append(cost / num_drafts * len(steps) / plain)  # which the accounts pay
+        else:
+            self.balance -= min(cost, self._spent + plain)  # a step may be slow for other reasons
+        return plain / len(steps)
+
+    def _has_fresh(self) -> bool:
+        """Some drafts are a request's first, for which the drafter had much to catch up on."""
+        return any(self._accounts[request_id].fresh for request_id, count in self._proposed.items() if count)
+
+    def forget(self, request_ids: Sequence[int]) -> None:
         """Drop what is kept for ended requests."""
         for request_id in request_ids:
-            self._records.pop(request_id, None)
-        self.drafter.forget(request_ids)
+            self._accounts.pop(request_id, None)
+        self._let_go(self._drafting.intersection(request_ids))
+
+    def _let_go(self, request_ids: set[int]) -> None:
+        """Free what the drafter keeps for requests that ended or were preempted, which begin anew."""
+        if request_ids:
+            self.drafter.forget(request_ids)
+            self._drafting -= request_ids
+        for request_id in request_ids & self._accounts.keys():
+            self._accounts[request_id].fresh = True

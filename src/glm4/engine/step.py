@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from glm4.options import SamplingParams
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+
+HiddenStates = Literal["none", "all", "sum"]
+"""Which of the last layer's normalised hidden states are wanted: each token's, or their sum over the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,9 @@ class RequestStep:
     draft_token_ids: list[int] = field(default_factory=list)
     prompt_targets: list[int] = field(default_factory=list)
     """The token after each of token_ids, as far as the prompt goes, where the prompt's log-probabilities are wanted."""
-    want_hidden_states: bool = False
+    hidden_states: HiddenStates = "none"
+    raw_logits_at: list[int] = field(default_factory=list)
+    """Indices into token_ids whose logits are wanted as they are."""
     sampling: SamplingParams | None = None
     """Sent with the request's first step, and again after a preemption; every value filled in but the limits."""
     earlier_token_ids: list[int] = field(default_factory=list)
@@ -44,8 +50,9 @@ class StepPlan:
     """(from, to) block copies to make before anything is computed."""
     finished_ids: list[int] = field(default_factory=list)
     """Requests whose state the runner may drop."""
-    grammar_masks: dict[int, bytes] = field(default_factory=dict)
-    """Request id to a bitmap over the vocabulary, least significant bit first: 1 = allowed."""
+    grammar_masks: Mapping[int, bytes] = field(default_factory=dict)
+    """Request id to bitmaps over the vocabulary, least significant bit first, 1 = allowed: one for each of logits_at.
+    Taking one may wait for it: they are computed beside the model's forward."""
     version: int = PLAN_VERSION
 
 
@@ -69,6 +76,11 @@ class RequestResult:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One for each of `prompt_targets`."""
     hidden_states: Any = None
+    """"all": [tokens, hidden_size] in the model's number format; "sum": float32 [hidden_size]."""
+    logits: Any = None
+    """float32 [len(raw_logits_at), vocab_size]."""
+    error: str | None = None
+    """Why this request cannot go on, though the others can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,9 @@ class Runner(Protocol):
 
     num_blocks: int
     block_size: int
+    vocab_size: int
+    """Rows of logits: at least the tokenizer's ids."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. Raises EngineError with the request's id where one request is to blame."""
+        """Compute one step. What it raises ends all requests of the plan; a result's `error` ends that one alone."""
         ...

@@ -9,22 +9,30 @@ import torch
 
 from glm4.engine.sampler import Sampler, SamplingState, token_logprobs
 from glm4.engine.step import RequestResult, RequestStep, StepPlan, StepResult, TokenLogprobs
-from glm4.errors import EngineError
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.ops.attention import make_batch
 
 _LOGIT_ROWS = 64
 """Rows of logits that exist at once for a prompt's log-probabilities."""
+_NOT_FINITE = "the logits are not finite: a weight is damaged, so fetch the model again"
 
 
 class TorchRunner:
     """Owns the weights, the KV memory and the sampler."""
 
-    def __init__(self, model: Glm4ForInference, num_blocks: int, block_size: int, unknown_ids: list[int]) -> None:
-        """`unknown_ids`: vocabulary rows without a token, never sampled."""
+    def __init__(
+        self,
+        model: Glm4ForInference,
+        num_blocks: int,
+        block_size: int,
+        unknown_ids: list[int],
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`unknown_ids`: vocabulary rows without a token, never sampled; `kv_dtype`: None is the model's own."""
         self.model, self.num_blocks, self.block_size = model, num_blocks, block_size
+        self.vocab_size = model.config.vocab_size
         self.device = model.embed_tokens.device
-        self._kv_cache = model.new_kv_cache(num_blocks * block_size, model.embed_tokens.dtype)
+        self._kv_cache = model.new_kv_cache(num_blocks * block_size, kv_dtype or model.embed_tokens.dtype)
         self._sampler = Sampler(model.config.vocab_size, unknown_ids)
         self._states: dict[int, SamplingState] = {}
 
@@ -40,9 +48,9 @@ class TorchRunner:
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         for source, target in copies:
-            for tensors in self._kv_cache:
-                for cache in tensors:
-                    blocks = cache.view(self.num_blocks, self.block_size, *cache.shape[1:])
+            for keys, values in self._kv_cache:
+                for tensor in (*keys.tensors, *values.tensors):
+                    blocks = tensor.view(self.num_blocks, self.block_size, *tensor.shape[1:])
                     blocks[target] = blocks[source]
 
     def _remember(self, step: RequestStep) -> None:
@@ -67,8 +75,12 @@ class TorchRunner:
             extra: dict[str, Any] = {}
             if step.prompt_targets:
                 extra["prompt_logprobs"] = self._prompt_logprobs(hidden[first:end], step)
-            if step.want_hidden_states:
+            if step.hidden_states == "all":
                 extra["hidden_states"] = hidden[first:end].clone()
+            if step.hidden_states == "sum":
+                extra["hidden_states"] = hidden[first:end].sum(0, dtype=torch.float32)
+            if step.raw_logits_at:
+                extra["logits"] = self.model.logits(hidden[[first + i for i in step.raw_logits_at]])
             if extra:
                 results[step.request_id] = replace(results.get(step.request_id, RequestResult([])), **extra)
         return results
@@ -81,15 +93,11 @@ class TorchRunner:
         if not wanted:
             return {}
         logits = self.model.logits(hidden[[first + i for _, first, i in wanted]])
-        if not bool(logits.isfinite().all()):
-            raise EngineError("the logits are not finite: a weight is damaged, so fetch the model again")
+        damaged = {wanted[row][0].request_id for row in (~logits.isfinite().all(-1)).nonzero()[:, 0].tolist()}
+        if damaged:
+            logits.nan_to_num_()
         states = [self._states[step.request_id].cut(step.start + i + 1) for step, _, i in wanted]
-        masks = {
-            row: plan.grammar_masks[step.request_id]
-            for row, (step, _, _) in enumerate(wanted)
-            if step.request_id in plan.grammar_masks
-        }
-        token_ids, logprobs = self._sampler(logits, states, masks)
+        token_ids, logprobs = self._sampler(logits, states, self._masks(plan, wanted))
         picked: dict[int, RequestResult] = {}
         for (step, _, i), token_id, entry in zip(wanted, token_ids, logprobs, strict=True):
             result = picked.setdefault(step.request_id, RequestResult([]))
@@ -99,7 +107,17 @@ class TorchRunner:
             result.token_ids.append(token_id)
             if entry is not None:
                 result.logprobs.append(entry)
-        return picked
+        return picked | {request_id: RequestResult([], error=_NOT_FINITE) for request_id in damaged}
+
+    def _masks(self, plan: StepPlan, wanted: list[tuple[RequestStep, int, int]]) -> dict[int, bytes]:
+        """Which tokens are allowed, for those rows of `wanted` that are held to a form."""
+        size = -(-self.vocab_size // 8)
+        masks = {}
+        for row, (step, _, i) in enumerate(wanted):
+            if step.request_id in plan.grammar_masks:
+                at = i - step.logits_at[0]
+                masks[row] = plan.grammar_masks[step.request_id][at * size : (at + 1) * size]
+        return masks
 
     def _prompt_logprobs(self, hidden: torch.Tensor, step: RequestStep) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt's own tokens, in slices, for the logits of a whole prompt are large."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 import faulthandler
 import logging
 import socket
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from glm4.engine.engine import Engine
-from glm4.engine.llm import LLM
+from glm4.engine.llm import LLM, mean_hidden_state
 from glm4.engine.messages import (
     HEADER_BYTES,
     Abort,
     Add,
+    Embedding,
     Failure,
     FromCaller,
     FromEngine,
@@ -33,12 +35,14 @@ from glm4.engine.messages import (
     payload_length,
     to_frame,
 )
-from glm4.engine.request import RequestOutput
+from glm4.engine.request import Reading, RequestOutput
 from glm4.errors import EngineError, Glm4Error
+from glm4.options import SamplingParams
 
 MAX_FAILED_STEPS = 3
 """After this many failed steps in a row the device itself is taken to be broken, as after a CUDA error: start anew."""
 _READ_BYTES = 1 << 18
+_POLL_SECONDS = 0.01
 
 log = logging.getLogger("glm4")
 
@@ -139,20 +143,33 @@ class Worker:
         """By the engine's id."""
         self._engine_ids: dict[int, int] = {}
         """By the caller's id."""
-        self._failed_steps = 0
+        self._checking: dict[int, tuple[Add, Future[None]]] = {}
+        """Requests whose forms are being looked at, by the caller's id, in order."""
+        self._checker = ThreadPoolExecutor(1, "forms")
 
     def run(self) -> NoReturn:
         """Serve until the caller is gone: raises CallerGone then, and whatever the engine cannot go on after."""
         while True:
-            while (message := self._connection.receive(wait=not self._engine.has_work)) is not None:
+            while (
+                message := self._connection.receive(wait=not self._engine.has_work and not self._checking)
+            ) is not None:
                 self._take(message)
-            self._step()
+            self._add_checked()
+            if self._engine.has_work:
+                self._step()
+            elif self._checking:
+                wait([next(iter(self._checking.values()))[1]], _POLL_SECONDS)
 
     def _take(self, message: FromCaller) -> None:
         match message:
+            case Add(sampling=SamplingParams() as params) if params.constraints:
+                # A schema can take seconds to be refused, and no other answer is to wait for that.
+                check = self._checker.submit(self._engine.constraints.check, params)
+                self._checking[message.id] = message, check
             case Add():
                 self._add(message)
             case Abort():
+                self._checking.pop(message.id, None)
                 engine_id = self._engine_ids.pop(message.id, None)
                 if engine_id is not None:
                     del self._live[engine_id]
@@ -160,8 +177,16 @@ class Worker:
             case GetStats():
                 self._connection.send(self._stats())
 
-    def _add(self, message: Add) -> None:
+    def _add_checked(self) -> None:
+        while self._checking and (first := next(iter(self._checking.values())))[1].done():
+            message, check = first
+            del self._checking[message.id]
+            self._add(message, check)
+
+    def _add(self, message: Add, check: Future[None] | None = None) -> None:
         try:
+            if check is not None:
+                check.result()
             engine_id = self._engine.add(
                 message.prompt_token_ids,
                 message.sampling,
@@ -169,6 +194,7 @@ class Worker:
                 priority=message.priority,
                 choice=message.choice,
                 after=None if message.after is None else self._engine_ids.get(message.after),
+                reading=Reading("sum") if message.embed else None,
             )
         except Glm4Error as error:
             self._connection.send(Progress(failures=[(message.id, Failure.of(error))]))
@@ -178,25 +204,24 @@ class Worker:
 
     def _step(self) -> None:
         """One step. An error that the engine does not expect leaves it in an unknown state, and ends the process."""
-        try:
-            outputs = self._engine.step()
-        except EngineError as error:
-            self._fail(error)
-            return
-        self._failed_steps = 0
-        if outputs:
-            self._connection.send(Progress([self._news(output) for output in outputs]))
-
-    def _fail(self, error: EngineError) -> None:
-        """The engine has ended every request; say so to each."""
-        self._failed_steps += 1
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            raise error
-        log.error("%s", error, exc_info=error)
-        failure = Failure.of(error)
-        self._connection.send(Progress(failures=[(live.id, failure) for live in self._live.values()]))
-        self._live.clear()
-        self._engine_ids.clear()
+        outputs = self._engine.step()
+        failures = self._engine.failures
+        if len(failures) >= MAX_FAILED_STEPS:
+            raise failures[-1]
+        if failures:
+            log.error("a step failed", exc_info=failures[-1])
+        progress = Progress()
+        for output in outputs:
+            news = self._news(output)
+            if output.hidden_states:
+                self._connection.send(Embedding(news.request_id, mean_hidden_state(output)))
+            elif news.error is None:
+                progress.outputs.append(news)
+            else:
+                log.error("request %d: %s", news.request_id, news.error)
+                progress.failures.append((news.request_id, Failure.of(EngineError(news.error))))
+        if progress.outputs or progress.failures:
+            self._connection.send(progress)
 
     def _news(self, output: RequestOutput) -> RequestOutput:
         """`output` without what the caller has already."""
@@ -209,6 +234,7 @@ class Worker:
             prompt_token_ids=[],
             token_ids=output.token_ids[live.num_tokens :],
             text="",
+            hidden_states=[],
             logprobs=output.logprobs[live.num_tokens :],
             prompt_logprobs=output.prompt_logprobs[live.num_prompt_logprobs :],
         )

@@ -136,6 +136,7 @@ KEYS: tuple[Key, ...] = (
     Key("model.model_config.max_length", sets="engine.max_model_len"),
     Key("model.model_config.seq_length", sets="engine.max_model_len"),
     Key("model.model_config.block_size", sets="engine.block_size"),
+    Key("model.model_config.kv_cache_dtype", sets="engine.kv_cache_dtype"),
     Key(
         "model.model_config.num_blocks",
         ignored="the KV cache is sized from context.max_device_memory",

@@ -16,7 +16,7 @@ _HARMLESS_KEYS = frozenset(
     return_dict output_hidden_states output_attentions torchscript pruned_heads is_encoder_decoder is_decoder
     id2label label2id num_labels problem_type finetuning_task task_specific_params chunk_size_feed_forward
     prefix sep_token_id use_bfloat16 add_cross_attention cross_attention_hidden_size tie_encoder_decoder
-    generation_config license""".split()
+    generation_config license quantization_config compression_config""".split()
 )
 _ROPE_KEYS = frozenset(
     """rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor

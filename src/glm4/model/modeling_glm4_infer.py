@@ -15,8 +15,8 @@ from torch import Tensor
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.modeling_glm4 import RotaryEmbedding
 from glm4.ops.activation import swiglu
-from glm4.ops.attention import AttentionBatch, paged_attention
-from glm4.ops.linear import Linear
+from glm4.ops.attention import AttentionBatch, CacheTensor, KVCache, paged_attention
+from glm4.ops.linear import Linear, LinearLayer
 from glm4.ops.norm import rms_norm
 from glm4.ops.rotary import apply_rotary
 
@@ -26,61 +26,62 @@ class LayerWeights:
     """One decoder layer; names are the checkpoint's."""
 
     input_layernorm: Tensor
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
+    q_proj: LinearLayer
+    k_proj: LinearLayer
+    v_proj: LinearLayer
+    o_proj: LinearLayer
     post_self_attn_layernorm: Tensor
     post_attention_layernorm: Tensor
-    gate_up_proj: Linear
-    down_proj: Linear
+    gate_up_proj: LinearLayer
+    down_proj: LinearLayer
     post_mlp_layernorm: Tensor
 
 
 class Glm4ForInference:
     """The model over its own KV cache."""
 
-    def __init__(self, config: Glm4Config, weight: Callable[[str], Tensor]) -> None:
-        """`weight(name)` gives the checkpoint's tensor of that name, on the device and in the number format to use."""
+    def __init__(
+        self, config: Glm4Config, weight: Callable[[str], Tensor], linear: Callable[[str, bool], LinearLayer]
+    ) -> None:
+        """What the checkpoint holds, on the device and in the number format to use.
+
+        weight(name): the tensor of that name; linear(name, bias): the layer with the weights `name`.weight and, where
+        it has one, `name`.bias.
+        """
         self.config = config
         self.embed_tokens = weight("model.embed_tokens.weight")
-        self.layers = [self._layer(f"model.layers.{i}.", weight) for i in range(config.num_hidden_layers)]
+        self.layers = [self._layer(f"model.layers.{i}.", weight, linear) for i in range(config.num_hidden_layers)]
         self.norm = weight("model.norm.weight")
-        self.lm_head = Linear(self.embed_tokens if config.tie_word_embeddings else weight("lm_head.weight"))
+        self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else linear("lm_head", False)
         self.rotary = RotaryEmbedding(config).to(self.embed_tokens.device)
 
-    def _layer(self, prefix: str, weight: Callable[[str], Tensor]) -> LayerWeights:
+    def _layer(
+        self, prefix: str, weight: Callable[[str], Tensor], linear: Callable[[str, bool], LinearLayer]
+    ) -> LayerWeights:
         bias = self.config.attention_bias
-
-        def qkv(name: str) -> Linear:
-            path = f"{prefix}self_attn.{name}."
-            return Linear(weight(path + "weight"), weight(path + "bias") if bias else None)
-
         return LayerWeights(
             input_layernorm=weight(prefix + "input_layernorm.weight"),
-            q_proj=qkv("q_proj"),
-            k_proj=qkv("k_proj"),
-            v_proj=qkv("v_proj"),
-            o_proj=Linear(weight(prefix + "self_attn.o_proj.weight")),
+            q_proj=linear(prefix + "self_attn.q_proj", bias),
+            k_proj=linear(prefix + "self_attn.k_proj", bias),
+            v_proj=linear(prefix + "self_attn.v_proj", bias),
+            o_proj=linear(prefix + "self_attn.o_proj", False),
             post_self_attn_layernorm=weight(prefix + "post_self_attn_layernorm.weight"),
             post_attention_layernorm=weight(prefix + "post_attention_layernorm.weight"),
-            gate_up_proj=Linear(weight(prefix + "mlp.gate_up_proj.weight")),
-            down_proj=Linear(weight(prefix + "mlp.down_proj.weight")),
+            gate_up_proj=linear(prefix + "mlp.gate_up_proj", False),
+            down_proj=linear(prefix + "mlp.down_proj", False),
             post_mlp_layernorm=weight(prefix + "post_mlp_layernorm.weight"),
         )
 
-    def new_kv_cache(self, slots: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Per layer the keys and the values of `slots` tokens: [slots, kv_heads, head_dim], not initialised."""
-        shape = (slots, self.config.num_key_value_heads, self.config.head_dim)
-        device = self.embed_tokens.device
-        return [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in self.layers
-        ]
+    def new_kv_cache(self, slots: int, dtype: torch.dtype) -> KVCache:
+        """Room for the keys and values of `slots` tokens in `dtype` (bfloat16, float32 or int8), not initialised."""
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kv_cache: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+        def empty() -> CacheTensor:
+            heads, device = self.config.num_key_value_heads, self.embed_tokens.device
+            return CacheTensor.empty(slots, heads, self.config.head_dim, dtype, device)
+
+        return [(empty(), empty()) for _ in self.layers]
+
+    def forward(self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kv_cache: KVCache) -> Tensor:
         """token_ids, positions: int64 [tokens] → the last layer's normalised hidden states [tokens, hidden_size]."""
         x = self.embed_tokens[token_ids]
         cos, sin = self.rotary(positions, x.dtype)
@@ -99,8 +100,8 @@ class Glm4ForInference:
         cos: Tensor,
         sin: Tensor,
         batch: AttentionBatch,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
     ) -> Tensor:
         tokens, head_dim = x.shape[0], self.config.head_dim
         q, k, v = (proj(x).view(tokens, -1, head_dim) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))

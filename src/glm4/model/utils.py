@@ -50,3 +50,8 @@ def tensor_specs(config: Glm4Config) -> Iterator[TensorSpec]:
     yield TensorSpec("model.norm.weight", (config.hidden_size,))
     if not config.tie_word_embeddings:
         yield TensorSpec("lm_head.weight", (config.vocab_size, config.hidden_size), 0)
+
+
+def shapes_of(config: Glm4Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight, by its name, in the order of `tensor_specs`."""
+    return {spec.name: spec.shape for spec in tensor_specs(config)}

@@ -10,6 +10,54 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class CacheTensor:
+    """The keys or the values of one layer, a slot for each token, in the cache's own number format.
+
+    int8 is symmetric, with one float32 scale for each token and head: x ≈ data · scale, scale = max |x| / 127. A token
+    is rounded alone, so what the cache holds of it does not depend on the tokens that it is computed with.
+    """
+
+    data: Tensor
+    """bfloat16, float32 or int8 [slots, kv_heads, head_dim]."""
+    scales: Tensor | None
+    """float32 [slots, kv_heads, 1]; None where `data` is not int8."""
+
+    @classmethod
+    def empty(cls, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> CacheTensor:
+        """Room for `slots` tokens, not initialised."""
+        data = torch.empty(slots, kv_heads, head_dim, dtype=dtype, device=device)
+        if dtype != torch.int8:
+            return cls(data, None)
+        return cls(data, torch.empty(slots, kv_heads, 1, dtype=torch.float32, device=device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a slot is made of: the first axis of each is the slots."""
+        return [self.data] if self.scales is None else [self.data, self.scales]
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        """Store x [tokens, kv_heads, head_dim] in `slots`, int64 [tokens]."""
+        if self.scales is not None:
+            x = x.float()
+            # Of a zero head the scale must not be 0; infinity and NaN stay, so that the logits show them.
+            scales = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            self.scales[slots] = scales
+            x = (x / scales).round()
+        self.data[slots] = x.to(self.data.dtype)
+
+    def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `slots`, int64 [tokens], hold, as `dtype` [tokens, kv_heads, head_dim]."""
+        data = self.data[slots]
+        if self.scales is None:
+            return data.to(dtype)
+        return data.float().mul_(self.scales[slots]).to(dtype)  # not int8 · float32, which torch does not vectorise
+
+
+KVCache = list[tuple[CacheTensor, CacheTensor]]
+"""Keys and values of each layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where the tokens of one step stand: the same for every layer."""
 
@@ -43,20 +91,24 @@ def make_batch(
     return AttentionBatch(torch.cat(slots), spans, context_slots, masks)
 
 
-def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> Tensor:
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: CacheTensor, v_cache: CacheTensor, batch: AttentionBatch
+) -> Tensor:
     """Write this step's keys and values into the cache, then let each new token see its request's past and itself.
 
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim];
-    k_cache, v_cache: [slots, kv_heads, head_dim], changed in place → [tokens, heads, head_dim].
+    k_cache, v_cache: changed in place → [tokens, heads, head_dim].
+    A token sees itself and its neighbours as the cache holds them, never as they were before they were rounded to its
+    number format: so a prompt computed in chunks sees what one computed at once does.
     The query heads that share a key/value head are handled together, so that its cache is read once.
     """
-    k_cache[batch.slots] = k.to(k_cache.dtype)
-    v_cache[batch.slots] = v.to(v_cache.dtype)
+    k_cache.write(batch.slots, k)
+    v_cache.write(batch.slots, v)
     kv_heads = k.shape[1]
     out = torch.empty_like(q)
     for (first, end), places, mask in zip(batch.spans, batch.context_slots, batch.masks, strict=True):
-        keys = k_cache[places].to(q.dtype).transpose(0, 1)[None]  # [1, kv_heads, context, head_dim]
-        values = v_cache[places].to(q.dtype).transpose(0, 1)[None]
+        keys = k_cache.read(places, q.dtype).transpose(0, 1)[None]  # [1, kv_heads, context, head_dim]
+        values = v_cache.read(places, q.dtype).transpose(0, 1)[None]
         new = end - first
         if new == 1:
             queries = q[first].view(1, kv_heads, -1, q.shape[-1])

@@ -1,9 +1,19 @@
-"""Matrix products with a weight. Quantised weights will be other classes with the same call."""
+"""Matrix products with a weight; those with a quantised weight are in `quantized` and `cpu.linear`."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class LinearLayer(Protocol):
+    """y = x · weightᵀ + bias, however the weight is held."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, inputs] → [tokens, outputs], of x's dtype."""
+        ...
 
 
 class Linear:

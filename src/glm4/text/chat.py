@@ -79,6 +79,11 @@ class ChatTemplate:
         """Whether the generation prompt ends in `<think>`, so that an answer begins inside its thought (GLM-Z1)."""
         return self.available and self._render(_PROBE).rstrip().endswith(THINK)
 
+    @cached_property
+    def has_own_tools(self) -> bool:
+        """Whether the template brings a system prompt with tools of its own, and ignores all others (Rumination)."""
+        return self.available and self._ignores_tools and self._ignores_system
+
     def encode(
         self,
         tokenizer: Tokenizer,
@@ -86,14 +91,18 @@ class ChatTemplate:
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
         allow_control_tokens: bool = False,
+        thinking: bool = True,
     ) -> list[int]:
         """Token ids of the prompt that `messages` and `tools`, in GLM-4's or OpenAI's shape, make.
 
         Control tokens inside any of their texts and keys are encoded as plain text, unless `allow_control_tokens`.
+        Without `thinking`, an answer that would begin inside a thought (GLM-Z1) finds it empty and ended.
         Raises PromptError where they are malformed or this template cannot use them, or there is no template.
         """
         tokens = [] if allow_control_tokens else self._control_tokens(tokenizer)
         prompt, typed = self._prompt(messages, tools, add_generation_prompt, tokens)
+        if add_generation_prompt and not thinking and self.thinks:
+            prompt += f"\n\n{END_THINK}"
         ids: list[int] = []
         for piece in typed.split(prompt):
             token = typed.token_of.get(piece)

@@ -102,6 +102,11 @@ class Tokenizer:
         """The highest id that the tokenizer knows, plus one."""
         return max(self._known_ids, default=-1) + 1
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Both give every token the same id."""
+        known, theirs = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
+        return known == theirs
+
     def unknown_ids(self, model_vocab_size: int) -> list[int]:
         """Ids below `model_vocab_size` that stand for no token: padding of the model's vocabulary, and holes."""
         return [id for id in range(model_vocab_size) if id not in self._known_ids]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glm4.engine.bench_ceilings import Ceilings, Work
-from glm4.engine.bench_load import Job
+from glm4.bench.ceilings import Ceilings, Work
+from glm4.bench.load import Job
 from glm4.engine.engine import Engine
 from glm4.engine.request import RequestOutput
 from glm4.engine.stats import EngineStats

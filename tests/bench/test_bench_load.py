@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_tiny_chat
 
-from glm4.engine.bench_load import Job, arriving_at_random, fit, random_jobs, random_prompts, read_trace
+from glm4.bench.load import Job, arriving_at_random, fit, random_jobs, random_prompts, read_trace
 from glm4.errors import PromptError
 from glm4.text.tokenizer import Tokenizer
 

@@ -9,21 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from typing_extensions import TypeIs
-
-from glm4.engine.batch_files import Line, record_id
+from glm4.api.answer import AnswerForm
+from glm4.api.bodies import SAMPLING_NAMES, Json, sampling_from_json
+from glm4.api.chat_completions import ChatCompletionRequest, chat_completion
+from glm4.api.completions import CompletionRequest, text_completion
+from glm4.api.openai import Head, token_logprobs, usage
+from glm4.batch.files import Line, record_id
 from glm4.engine.llm import LLM
-from glm4.engine.openai import (
-    SAMPLING_NAMES,
-    Json,
-    chat_completion,
-    chat_sampling,
-    completion_sampling,
-    sampling_from_json,
-    text_completion,
-    token_logprobs,
-    usage,
-)
 from glm4.engine.request import RequestOutput
 from glm4.errors import ConfigError, EngineError, Glm4Error, MemoryPlanError, OptionError, PromptError
 from glm4.files import parse_json
@@ -52,6 +44,10 @@ class BatchRequest:
     prompts: list[list[int]] = field(default_factory=list)
     """Token ids; a text completion can have several."""
     through_template: bool = True
+    form: AnswerForm = field(default_factory=AnswerForm)
+    """How to read the answers of a chat completion."""
+    echo: bool = False
+    """Answers of a text completion begin with their prompts."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Without `n`: each prompt is continued `n` times, as requests of their own."""
     n: int = 1
@@ -190,27 +186,22 @@ class Batch:
         return self.llm.tokenizer.encode(text)
 
     def _read_chat(self, request: BatchRequest, body: Json) -> SamplingParams:
-        sampling = chat_sampling(body)
-        tools = None if body.get("tool_choice") == "none" else body.get("tools")
-        request.prompts = [self.llm.encode_chat(body.get("messages", []), tools)]
-        return sampling
+        asked = ChatCompletionRequest.read(body)
+        _refuse_stream(asked.stream)
+        chat = asked.chat
+        request.prompts = [self.llm.encode_chat(chat.messages, chat.tools.shown, thinking=chat.thinking is not False)]
+        request.form = chat.form(self.llm.thinks, self.llm.has_own_tools)
+        return chat.constrained(self.llm.has_own_tools)
 
     def _read_texts(self, request: BatchRequest, body: Json) -> SamplingParams:
-        sampling = completion_sampling(body)
-        prompt = body.get("prompt")
-        several = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-        if not several:
-            raise PromptError("prompt: the list is empty; give at least one")
-        request.prompts = [self._text_or_ids(one) for one in several]
-        request.through_template = False
-        return sampling
+        asked = CompletionRequest.read(body)
+        _refuse_stream(asked.stream)
+        request.prompts = [self._ids(one) for one in asked.prompts]
+        request.through_template, request.echo = False, asked.echo
+        return asked.sampling
 
-    def _text_or_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self.llm.tokenizer.encode(prompt)
-        if not _is_ids(prompt):
-            raise PromptError("prompt: give a text, a list of token ids, or a list of either")
-        return prompt
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self.llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _add(self, request: BatchRequest) -> None:
         """Hand every choice to the engine, or none."""
@@ -229,11 +220,8 @@ class Batch:
         self._in_flight |= {request_id: (request, choice) for choice, request_id in enumerate(ids)}
 
     def _step(self) -> Iterator[tuple[int, Json]]:
-        try:
-            outputs = self.llm.engine.step()
-        except EngineError as error:
-            self._after_failure(error)
-            return
+        outputs = self.llm.engine.step()
+        self._take_failures({output.request_id: output.error for output in outputs if output.error is not None})
         for output in outputs:
             if output.finish_reason is not None and output.request_id in self._in_flight:
                 request, choice = self._in_flight.pop(output.request_id)
@@ -247,19 +235,25 @@ class Batch:
         taken, self._guilty = self._guilty, []
         return taken
 
-    def _after_failure(self, error: EngineError) -> None:
+    def _take_failures(self, reasons: dict[int, str]) -> None:
+        """Requests that failed beside others are tried again alone; `reasons` by the engine's request id."""
+        if not reasons:
+            return
         self._failures += 1
         if self._failures > _FAILURES_IN_A_ROW:
-            raise error
-        requests = list({id(request): request for request, _ in self._in_flight.values()}.values())
-        self.llm.engine.abort(*self._in_flight)
-        self._in_flight.clear()
-        if len(requests) == 1:
-            self._guilty.append((requests[0].line.number, _error_record(requests[0], error)))
-            return
-        for request in requests:
+            raise EngineError(next(iter(reasons.values())))
+        alone = len({id(request) for request, _ in self._in_flight.values()}) == 1
+        failed = {id(self._in_flight[i][0]): (self._in_flight[i][0], reason) for i, reason in reasons.items()}
+        for request, reason in failed.values():
+            ids = [i for i, (each, _) in self._in_flight.items() if each is request]
+            self.llm.engine.abort(*ids)
+            for request_id in ids:
+                del self._in_flight[request_id]
             request.outputs.clear()
-        self._suspects.extend(requests)
+            if alone:
+                self._guilty.append((request.line.number, _error_record(request, EngineError(reason))))
+            else:
+                self._suspects.append(request)
 
     def _record(self, request: BatchRequest) -> Json:
         outputs = [request.outputs[choice] for choice in range(request.num_choices)]
@@ -268,11 +262,12 @@ class Batch:
         self.new_tokens += counts["completion_tokens"]
         if request.shape == "plain":
             return self._plain_record(request, outputs, counts)
-        name, created = request.record_id.removeprefix("batch_req_"), int(time.time())
+        name = request.record_id.removeprefix("batch_req_")
+        head = Head(name, request.model, int(time.time()))
         if request.shape == "chat":
-            body = chat_completion(name, request.model, created, outputs, self.llm.tokenizer, self.llm.thinks)
+            body = chat_completion(head, outputs, self.llm.tokenizer, request.form)
         else:
-            body = text_completion(name, request.model, created, outputs, self.llm.tokenizer, request.n)
+            body = text_completion(head, outputs, self.llm.tokenizer, request.n, request.echo)
         response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
         return {"id": request.record_id, "custom_id": request.custom_id, "response": response, "error": None}
 
@@ -321,10 +316,9 @@ def _check_model(request: BatchRequest, body: Json) -> None:
     request.model = model or request.model  # whatever it is called there, it is the folder's model that answers
 
 
-def _is_ids(value: Any) -> TypeIs[list[int]]:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-    )
+def _refuse_stream(stream: bool) -> None:
+    if stream:
+        raise OptionError("stream true is not supported: leave it at false")
 
 
 def _error_record(request: BatchRequest, error: Glm4Error) -> Json:

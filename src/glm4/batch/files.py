@@ -174,7 +174,7 @@ class BatchOutput:
         if match[3] != settings:
             raise OptionError(
                 f"{self.title} was begun with another model or other options (--raw, --option, --seed, --dtype, "
-                f"--max-model-len): give the same ones, {again}"
+                f"--kv-cache-dtype, --max-model-len): give the same ones, {again}"
             )
         self.done.add(line)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import Reference, write_tiny_chat
 
-from glm4.engine.batch import Batch
-from glm4.engine.batch_files import Line
+from glm4.batch.run import Batch
+from glm4.batch.files import Line
 from glm4.engine.llm import LLM
 from glm4.engine.step import StepPlan, StepResult
 from glm4.errors import EngineError
@@ -239,21 +239,22 @@ BAD: list[tuple[Json | bytes, str]] = [
     (chat("b") | {"body": "hi"}, "body: an object with the request is missing"),
     (chat("b") | {"bdy": 1}, "unknown key 'bdy'; did you mean 'body'?"),
     (chat("b", temprature=1), "unknown key 'temprature'; did you mean 'temperature'?"),
-    (chat("b", messages=None), "messages: expected a list of messages, got nothing"),
+    (chat("b", messages=None), "object missing required field `messages`"),
     (chat("b", model=5), "model: 5 is not a text"),
     (chat("b", stream=True), "stream true is not supported: leave it at false"),
-    (chat("b", tool_choice="required"), 'tool_choice "required" is not supported: leave it at "auto" or "none"'),
+    (chat("b", tool_choice="required"), "tool_choice: there are no tools to choose from; give some in tools"),
+    (chat("b", tool_choice="some"), "tool_choice: "),
     (chat("b", max_completion_tokens=6), "max_completion_tokens: the limit is said twice"),
-    (chat("b", logprobs=3), "logprobs: 3 is not true or false"),
+    (chat("b", logprobs=3), "logprobs: expected `bool | null`, got `int`"),
     (chat("b", top_logprobs=3), "top_logprobs needs logprobs: true"),
     (chat("b", n=0), "n: 0 is out of range"),
     (chat("b", prompt="hi"), "unknown key 'prompt'"),
-    (completion("b", prompt=None), "prompt: give a text, a list of token ids, or a list of either"),
+    (completion("b", prompt=None), "object missing required field `prompt`"),
     (completion("b", prompt=[]), "prompt: the list is empty; give at least one"),
     (completion("b", prompt=["a", 5]), "prompt: give a text, a list of token ids, or a list of either"),
     (completion("b", prompt=""), "the prompt is empty: give some text"),
     (completion("b", prompt=["a", [10**6]]), "the prompt holds a token id outside 0 …"),
-    (completion("b", echo=True), "echo true is not supported: leave it at false"),
+    (completion("b", stream=True), "stream true is not supported: leave it at false"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4.engine.batch_files import BatchInput, BatchOutput, Line, record_id, settings_digest
+from glm4.batch.files import BatchInput, BatchOutput, Line, record_id, settings_digest
 from glm4.errors import OptionError, OutputError, PromptError
 
 SETTINGS = settings_digest("model")

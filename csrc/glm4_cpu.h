@@ -1,0 +1,91 @@
+// The C interface of the CPU kernels. Pointers and sizes only, so that it is tied to no version of any tensor library.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GLM4_API __attribute__((visibility("default")))
+
+// Raised whenever a signature or a layout below changes: Python refuses a library of another version.
+#define GLM4_ABI_VERSION 1
+
+typedef enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1 } Glm4Dtype;
+
+// A quantised weight matrix [rows, inputs], repacked in panels of 32 rows (see pack.cpp for the order).
+typedef struct {
+    int64_t rows, inputs;
+    int32_t bits;         // 4 or 8
+    int32_t group_size;   // inputs that share a scale; a multiple of 4, or all inputs
+    int32_t half_scales;  // 1: scales are IEEE half precision, 0: float
+    int32_t reserved;
+    uint8_t *values;      // unsigned: 0..15, or 0..255 with the zero point 128
+    void *scales;         // [panels, groups, 32]
+    uint8_t *zeros;       // [panels, groups, 32]; null: 8 (bits 4), 128 (bits 8)
+    const float *bias;    // [rows] or null
+} Glm4Weight;
+
+GLM4_API int glm4_abi_version(void);
+
+// Choose the instruction set: "plain", "avx2", "avx512vnni", "avx512bf16", or null for the best this CPU has.
+// Returns its name; null when the name is unknown or the CPU lacks it.
+GLM4_API const char *glm4_select_isa(const char *name);
+
+// Threads of the pool, the caller included. Takes effect with the next parallel region.
+GLM4_API void glm4_set_threads(int threads);
+GLM4_API int glm4_threads(void);
+
+// Memory on huge pages where the system grants them; null when there is none. Contents are zero.
+GLM4_API void *glm4_allocate(size_t bytes);
+GLM4_API void glm4_free(void *memory, size_t bytes);
+
+// Bytes that `values`, `scales` and `zeros` of a weight take, each a multiple of 64.
+GLM4_API void glm4_weight_sizes(const Glm4Weight *weight, int64_t sizes[3]);
+
+// Repack rows [first, first + rows) of a weight; first is a multiple of 32, and so is rows unless they are the last.
+// values: uint8 [rows, inputs / 2], even input in the low nibble (bits 4), or int8 [rows, inputs] (bits 8);
+// scales: float [rows, groups]; zeros: uint8 [rows, groups], read where weight->zeros is there.
+GLM4_API void glm4_pack_rows(const Glm4Weight *weight, int64_t first, int64_t rows, const void *values,
+                             const float *scales, const uint8_t *zeros);
+
+// out[t, r] = sum over inputs of x[t, i] * w[r, i] + bias[r], with x rounded to 8 bits a token.
+// x: [tokens, inputs], out: [tokens, rows], both of `dtype`; strides in elements between tokens.
+GLM4_API void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
+                          void *out, int64_t out_stride);
+
+// The same for a bfloat16 weight [rows, inputs] as it is, for few tokens: the weight is read once per 4 tokens.
+GLM4_API void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const void *x,
+                               int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out, int64_t out_stride);
+
+typedef enum { GLM4_CACHE_FLOAT32 = 0, GLM4_CACHE_BFLOAT16 = 1, GLM4_CACHE_INT8 = 2 } Glm4CacheFormat;
+
+// Attention of a step's tokens to their requests' past and themselves. Strides in elements between tokens or slots.
+typedef struct {
+    int64_t heads, kv_heads, head_dim;  // head_dim: a multiple of 16
+    float scale;                        // of the scores
+    int32_t dtype;                      // Glm4Dtype of q and out
+    const void *q;                      // [tokens, heads, head_dim]
+    void *out;                          // the same
+    int64_t q_stride, out_stride;
+    const void *k_cache, *v_cache;  // [slots, kv_heads, head_dim]
+    int64_t kv_stride;
+    int64_t cache_format;             // Glm4CacheFormat
+    const float *k_scales, *v_scales;  // [slots, kv_heads] for int8, else null
+    int64_t requests, block_size;
+    const int64_t *spans;   // [requests, 2]: first row and end in the step
+    const int64_t *starts;  // [requests]: position of the first of them
+    const int32_t *tables;  // [requests, table_stride]: blocks
+    int64_t table_stride;
+} Glm4Attention;
+
+// Keys and values of the step must be in the cache. At most 262144 positions a request.
+GLM4_API void glm4_attention(const Glm4Attention *attention);
+
+// Read `bytes` once with all threads, as fast as loads go; for benchmarks. Returns the xor of all 64-bit words.
+GLM4_API uint64_t glm4_read_stream(const void *memory, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,90 @@
+// Linear layers: activations are rounded once, then panels of rows are handed to threads.
+#include <algorithm>
+
+#include "kernels.h"
+#include "scratch.h"
+#include "thread_pool.h"
+
+namespace glm4 {
+namespace {
+
+// Tokens handled at a time: their activations stay in the second and third cache while the weights pass by.
+constexpr int64_t kTokenBlock = 480;
+
+thread_local Scratch scratch;
+
+// Cuts tokens into tiles of nearly equal size and lays them out in one piece of memory.
+class Tiles {
+  public:
+    Tiles(const Glm4Weight &w, int64_t tokens)
+        : tokens_(tokens),
+          count_(ceil_div(tokens, kernels().tile)),
+          values_size_(ceil_div(group_count(w) * group_steps(w) * 4, 64) * 64),
+          groups_(group_count(w)) {
+        memory_ = scratch.need(static_cast<size_t>(tokens * (values_size_ + 4 * groups_ + 4)));
+    }
+    int64_t count() const { return count_; }
+    int64_t first(int64_t tile) const { return tile * tokens_ / count_; }
+    ActivationTile tile(int64_t i) const {
+        const int64_t start = first(i);
+        char *sums = memory_ + tokens_ * values_size_;
+        return {static_cast<int>(first(i + 1) - start), reinterpret_cast<int8_t *>(memory_ + start * values_size_),
+                reinterpret_cast<int32_t *>(sums) + start * groups_,
+                reinterpret_cast<float *>(sums + tokens_ * groups_ * 4) + start};
+    }
+
+  private:
+    int64_t tokens_, count_, values_size_, groups_;
+    char *memory_;
+};
+
+size_t element_size(Glm4Dtype dtype) { return dtype == GLM4_BFLOAT16 ? 2 : 4; }
+
+void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_stride, Glm4Dtype dtype, char *out,
+                  int64_t out_stride) {
+    const Kernels &k = kernels();
+    const Tiles tiles(w, tokens);
+    parallel_for(tiles.count(), [&](int64_t i) {
+        const ActivationTile tile = tiles.tile(i);
+        for (int t = 0; t < tile.tokens; ++t)
+            k.quantize_token(w, x + static_cast<size_t>(tiles.first(i) + t) * x_stride, dtype, tile, t);
+    });
+    // Neighbouring panels go to one thread, so that it reads one stream; enough pieces that a slow core holds up little.
+    const int64_t panels = panel_count(w), chunk = std::max<int64_t>(1, panels / (threads() * 8));
+    parallel_for(ceil_div(panels, chunk), [&](int64_t i) {
+        for (int64_t panel = i * chunk; panel < std::min(panels, (i + 1) * chunk); ++panel)
+            for (int64_t j = 0; j < tiles.count(); ++j) {
+                const int64_t at = tiles.first(j) * out_stride + panel * kPanelRows;
+                k.linear_tile(w, panel, tiles.tile(j), dtype, out + static_cast<size_t>(at) * element_size(dtype),
+                              out_stride);
+            }
+    });
+}
+
+}  // namespace
+}  // namespace glm4
+
+extern "C" {
+
+void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out,
+                 int64_t out_stride) {
+    const size_t size = glm4::element_size(dtype), x_bytes = static_cast<size_t>(x_stride) * size;
+    for (int64_t first = 0; first < tokens; first += glm4::kTokenBlock)
+        glm4::linear_block(*weight, static_cast<const char *>(x) + static_cast<size_t>(first) * x_bytes,
+                           std::min(glm4::kTokenBlock, tokens - first), x_bytes, dtype,
+                           static_cast<char *>(out) + static_cast<size_t>(first * out_stride) * size, out_stride);
+}
+
+void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const void *x,
+                      int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out, int64_t out_stride) {
+    const glm4::Kernels &k = glm4::kernels();
+    float *wide = reinterpret_cast<float *>(glm4::scratch.need(static_cast<size_t>(tokens * inputs) * sizeof(float)));
+    for (int64_t t = 0; t < tokens; ++t)
+        k.widen(static_cast<const char *>(x) + static_cast<size_t>(t * x_stride) * glm4::element_size(dtype), dtype, inputs,
+                wide + t * inputs);
+    const int64_t chunk = std::max<int64_t>(16, rows / (glm4::threads() * 8) / 4 * 4);
+    glm4::parallel_for(glm4::ceil_div(rows, chunk), [&](int64_t i) {
+        k.linear_bf16(weight, i * chunk, std::min(chunk, rows - i * chunk), inputs, bias, wide, tokens, dtype, out, out_stride);
+    });
+}
+}

@@ -1,0 +1,52 @@
+// Memory for weights: anonymous mappings that ask for huge pages. With 4 KB pages a streaming read here loses up to
+// a third to address translation, and many systems grant huge pages to those who ask only.
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t mapped(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+}  // namespace
+
+extern "C" {
+
+void *glm4_allocate(size_t bytes) {
+    // One huge page more than needed, so that a part of it starts on a border; the rest is given back.
+    const size_t size = mapped(bytes);
+    void *raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED) return nullptr;
+    char *start = static_cast<char *>(raw);
+    const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(raw) % kHugePage) % kHugePage;
+    if (before) munmap(start, before);
+    if (before != kHugePage) munmap(start + before + size, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+    madvise(start + before, size, MADV_HUGEPAGE);  // a kernel without them still works
+#endif
+    return start + before;
+}
+
+void glm4_free(void *memory, size_t bytes) {
+    if (memory) munmap(memory, mapped(bytes));
+}
+
+uint64_t glm4_read_stream(const void *memory, size_t bytes) {
+    constexpr size_t kChunk = size_t{1} << 21;
+    const size_t chunks = (bytes + kChunk - 1) / kChunk;
+    uint64_t *sums = new uint64_t[chunks]();
+    glm4::parallel_for(static_cast<int64_t>(chunks), [&](int64_t i) {
+        const size_t first = static_cast<size_t>(i) * kChunk;
+        sums[i] = glm4::kernels().read_stream(static_cast<const char *>(memory) + first, std::min(kChunk, bytes - first));
+    });
+    uint64_t total = 0;
+    for (size_t i = 0; i < chunks; ++i) total += sums[i];
+    delete[] sums;
+    return total;
+}
+}

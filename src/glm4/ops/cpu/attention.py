@@ -1,0 +1,107 @@
+"""Attention over the paged cache on the native kernels: keys and values are read once for the heads that share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm4.ops.cpu.library import DTYPES, AttentionStruct, need
+
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+MOST_POSITIONS = 262144
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Where the tokens of one step stand: made once, used by every layer."""
+
+    spans: Tensor
+    """int64 [requests, 2]: the (first, end) rows of each request's tokens in the step."""
+    starts: Tensor
+    """int64 [requests]: the position of the first of them."""
+    tables: Tensor
+    """int32 [requests, blocks]: each request's block table, padded at its end."""
+    block_size: int
+
+
+def make_paged_batch(
+    spans: list[tuple[int, int]], starts: list[int], tables: list[list[int]], block_size: int
+) -> PagedBatch:
+    """Lay out a step: per request its rows, the position of its first new token, and its block table.
+
+    Raises ValueError where a table is too short for its request's tokens, or a context too long for the kernels.
+    """
+    for (first, end), start, table in zip(spans, starts, tables, strict=True):
+        context = start + end - first
+        if context > min(MOST_POSITIONS, len(table) * block_size):
+            raise ValueError(f"{context} positions do not fit into {len(table)} blocks of {block_size}")
+    longest = max(map(len, tables), default=0)
+    padded = [table + [0] * (longest - len(table)) for table in tables]
+    return PagedBatch(
+        torch.tensor(spans, dtype=torch.int64).view(-1, 2),
+        torch.tensor(starts, dtype=torch.int64),
+        torch.tensor(padded, dtype=torch.int32).view(len(tables), longest),
+        block_size,
+    )
+
+
+def accepts(head_dim: int) -> bool:
+    """Whether the kernel knows heads of this size."""
+    return head_dim % 16 == 0
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """Let each new token see its request's past and itself; the step's keys and values are in the cache already.
+
+    q: float32 or bfloat16 [tokens, heads, head_dim]; k_cache, v_cache: float32, bfloat16 or int8
+    [slots, kv_heads, head_dim]; k_scales, v_scales: float32 [slots, kv_heads], for int8 → like q.
+    A row's result is the same, bit for bit, whatever the other rows and the number of threads; products and sums are
+    float32. Rows that belong to no request are left undefined.
+    """
+    slots, kv_heads, head_dim = k_cache.shape
+    heads = q.shape[1]
+    if not accepts(head_dim) or q.shape[2] != head_dim or heads % kv_heads or q.dtype not in DTYPES:
+        raise ValueError(f"the CPU kernels know no attention of {q.dtype} {list(q.shape)} on {list(k_cache.shape)}")
+    if (k_cache.dtype is torch.int8) != (k_scales is not None and v_scales is not None):
+        raise ValueError("an int8 cache needs scales, and no other has them")
+    strides = {cache.stride() for cache in (k_cache, v_cache)}
+    if len(strides) != 1 or k_cache.stride()[1:] != (head_dim, 1) or v_cache.shape != k_cache.shape:
+        raise ValueError("k_cache and v_cache must lie alike in memory, each slot's heads together")
+    if q.stride()[1:] != (head_dim, 1):
+        q = q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    need().glm4_attention(
+        AttentionStruct(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            dtype=DTYPES[q.dtype],
+            q=q.data_ptr(),
+            out=out.data_ptr(),
+            q_stride=q.stride(0),
+            out_stride=out.stride(0),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            kv_stride=k_cache.stride(0),
+            cache_format=CACHE_FORMATS[k_cache.dtype],
+            k_scales=None if k_scales is None else k_scales.data_ptr(),
+            v_scales=None if v_scales is None else v_scales.data_ptr(),
+            requests=batch.starts.shape[0],
+            block_size=batch.block_size,
+            spans=batch.spans.data_ptr(),
+            starts=batch.starts.data_ptr(),
+            tables=batch.tables.data_ptr(),
+            table_stride=batch.tables.stride(0),
+        )
+    )
+    return out
