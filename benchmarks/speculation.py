@@ -4,9 +4,11 @@
 
 Two engines on the same folder, one with drafts and one without, answer the same requests in turn: medians of the rounds
 after the first, which is printed beside them for it holds the trials of a new engine. One thread, and CPU seconds, so
-that what else runs on the machine counts little. Folders: demo/glm4-demo, and
-random weights of 120 M parameters made on the spot. "perfect draft" has the first quarter of a model whose other layers
-add nothing, so that it is always right; "useless draft" is as large and random.
+that what else runs on the machine counts little.
+
+Folders: demo/glm4-demo, and random weights of 120 M parameters made on the spot. "text repeats": no layer adds
+anything, so each token decides the next and the text goes round in circles. "perfect draft": the first quarter of a
+model whose other layers add nothing, so it is always right. "useless draft": as large, and random.
 """
 
 from __future__ import annotations
@@ -75,16 +77,17 @@ def cases(folder: Path, batch: int, new_tokens: int) -> list[Case]:
     greedy = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, do_sample=False)
     noise = replace(greedy, do_sample=True, temperature=1.0, seed=7)
     few_words = replace(noise, logit_bias=tuple((token_id, 100.0) for token_id in range(100, 116)))
+    circular = write_random(folder / f"circular{batch}", LAYERS, seed=1, idle_from=0)
+    circles = [output.token_ids for output in LLM(circular).generate(drawn, replace(greedy, max_new_tokens=300))]
     demo = LLM(DEMO)
     questions = ["请介绍一下北京", "Tell me about Paris", "为什么天空是蓝色的？", "讲个笑话"] * 2
     asked = [demo.encode_chat([{"role": "user", "content": question}]) for question in questions[:batch]]
-    loops = [(prompt[:8] * 8) for prompt in drawn]
     return [
         Case("demo, its answers", DEMO, asked, replace(greedy, ignore_eos=None)),
         Case("demo, noise", DEMO, drawn, replace(noise, temperature=2.0)),
         Case("120M, nothing repeats", middle, drawn, noise),
         Case("120M, misleading repeats", middle, drawn, few_words),
-        Case("120M, greedy loops", middle, loops, greedy),
+        Case("120M, text repeats", circular, circles, greedy),
         Case("120M, useless draft", middle, drawn, noise, useless),
         Case("120M, perfect draft", idle, drawn, greedy, perfect),
     ]

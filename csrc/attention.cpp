@@ -22,7 +22,8 @@ std::vector<AttentionTile> make_tiles(const Glm4Attention &a) {
         const int64_t first = a.spans[2 * i], rows = (a.spans[2 * i + 1] - first) * group;
         for (int64_t row = 0; row < rows; row += kernels().rows)
             for (int64_t head = 0; head < a.kv_heads; ++head)
-                tiles.push_back({first, a.starts[i], head, row, static_cast<int>(std::min<int64_t>(kernels().rows, rows - row)),
+                tiles.push_back({first, a.starts[i], head, row,
+                                 static_cast<int>(std::min<int64_t>(kernels().rows, rows - row)),
                                  a.tables + i * a.table_stride});
     }
     return tiles;
@@ -31,6 +32,17 @@ std::vector<AttentionTile> make_tiles(const Glm4Attention &a) {
 // One past the last position that a row of the tile sees.
 int64_t context_end(const Glm4Attention &a, const AttentionTile &tile) {
     return tile.start + (tile.first_row + tile.rows - 1) / (a.heads / a.kv_heads) + 1;
+}
+
+bool blocks_are_inside(const Glm4Attention &a) {
+    for (int64_t i = 0; i < a.requests; ++i) {
+        const int64_t context = a.starts[i] + a.spans[2 * i + 1] - a.spans[2 * i];
+        for (int64_t block = 0; block < ceil_div(context, a.block_size); ++block) {
+            const int64_t id = a.tables[i * a.table_stride + block];
+            if (id < 0 || (id + 1) * a.block_size > a.slots) return false;
+        }
+    }
+    return true;
 }
 
 struct Piece {
@@ -60,11 +72,12 @@ void attention(const Glm4Attention &a) {
     std::vector<Piece> pieces;
     for (size_t begin = 0, end; begin < tiles.size(); begin = end) {
         end = take_tiles(a, tiles, begin, most_pieces, pieces);
-        float *partials = reinterpret_cast<float *>(partial_scratch.need(pieces.size() * static_cast<size_t>(floats) * 4));
+        float *partials =
+            reinterpret_cast<float *>(partial_scratch.need(pieces.size() * static_cast<size_t>(floats) * 4));
         parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
             const Piece &piece = pieces[static_cast<size_t>(i)];
-            k.attention_partial(a, *piece.tile, piece.first, piece.end, task_scratch.need(k.attention_scratch_size(a.head_dim)),
-                                partials + i * floats);
+            k.attention_partial(a, *piece.tile, piece.first, piece.end,
+                                task_scratch.need(k.attention_scratch_size(a.head_dim)), partials + i * floats);
         });
         std::vector<int64_t> starts;
         for (size_t i = 0; i < pieces.size(); ++i)
@@ -81,4 +94,8 @@ void attention(const Glm4Attention &a) {
 }  // namespace
 }  // namespace glm4
 
-extern "C" void glm4_attention(const Glm4Attention *attention) { glm4::attention(*attention); }
+extern "C" int glm4_attention(const Glm4Attention *attention) {
+    if (!glm4::blocks_are_inside(*attention)) return 1;
+    glm4::attention(*attention);
+    return 0;
+}

@@ -13,37 +13,11 @@ constexpr float kUnseen = -1e30f;            // the score of a key that a row mu
 // Scalars that share a loaded vector: enough sums under way to hide an instruction's latency.
 constexpr int unroll(int vectors) { return kUnroll * kRowVectors / vectors; }
 
-// e^x for x <= 0, NaN for NaN, by 2^n · e^f with |f| <= ln 2 / 2 and Taylor's series to f^7 (relative error below 2e-7).
-inline VecF exp_negative(VecF x) {
-    x = max_f(set_f(-88.0f), x);  // n = -127 there: exactly zero
-    const VecI n = round_to_int(mul(x, set_f(1.44269504f)));
-    const VecF whole = to_float(n);
-    const VecF f = fma(whole, set_f(-1.42860677e-6f), fma(whole, set_f(-0.693145752f), x));
-    const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    VecF y = set_f(1.0f / 5040);
-    for (float term : terms) y = fma(y, f, set_f(term));
-    return mul(y, bits_to_float(shift_left<23>(add_i(n, set_i(127)))));
-}
-
 inline VecF load_element(const int8_t *p) { return to_float(load_s8(p)); }
 
-// How numbers are multiplied: as floats, or as pairs of bfloat16 with float sums. A word of 32 bits holds either.
-struct Floats {
-    static constexpr int kPack = 1;
-    static VecF multiply_add(VecI a, VecI b, VecF sum) { return fma(bits_to_float(a), bits_to_float(b), sum); }
-};
-struct Pairs {
-    static constexpr int kPack = 2;
-    template <class Words> static VecF multiply_add(Words a, Words b, VecF sum) { return dot_pairs(sum, a, b); }
-};
-
-// Two vectors of numbers that are bfloat16 exactly, as pairs.
-inline VecI pair_up(VecF low, VecF high) {
-    return or_i(shift_right<16>(float_to_bits(low)), and_i(float_to_bits(high), set_i(~0xffff)));
-}
-
 // The scratch of one task, in words.
-template <class Numbers> struct AttentionScratch {
+template <class Numbers>
+struct AttentionScratch {
     int32_t *queries;  // [head_dim / kPack, kRows]
     int32_t *keys;     // [kChunk, head_dim / kPack]
     int32_t *values;   // [kChunk / kPack, head_dim]
@@ -81,7 +55,8 @@ inline void gather_queries(const Glm4Attention &a, const AttentionTile &tile, co
             if (r < tile.rows) store_i(some, float_to_bits(load_element(from + d)));
             for (int j = 0; j < kLanes; j += Numbers::kPack)
                 to[(d + j) / Numbers::kPack * kRows + r] =
-                    Numbers::kPack == 1 ? some[j] : static_cast<int32_t>(static_cast<uint32_t>(some[j]) >> 16) | some[j + 1];
+                    Numbers::kPack == 1 ? some[j]
+                                        : static_cast<int32_t>(static_cast<uint32_t>(some[j]) >> 16) | some[j + 1];
         }
     }
 }
@@ -96,13 +71,14 @@ inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, int64
                         int32_t *to) {
     const int64_t words = a.head_dim / Numbers::kPack;
     for (int64_t i = 0; i < count; ++i) {
-        const Element *from =
-            static_cast<const Element *>(a.k_cache) + slot_of(a, tile, first + i) * a.kv_stride + tile.kv_head * a.head_dim;
+        const Element *from = static_cast<const Element *>(a.k_cache) + slot_of(a, tile, first + i) * a.kv_stride +
+                              tile.kv_head * a.head_dim;
         for (int64_t d = 0; d < a.head_dim; d += kLanes) {
             if constexpr (Numbers::kPack == 1)
                 store_i(to + i * words + d, float_to_bits(load_element(from + d)));
             else
-                store_low16(reinterpret_cast<uint16_t *>(to + i * words) + d, shift_right<16>(float_to_bits(load_element(from + d))));
+                store_low16(reinterpret_cast<uint16_t *>(to + i * words) + d,
+                            shift_right<16>(float_to_bits(load_element(from + d))));
         }
     }
     memset(to + count * words, 0, static_cast<size_t>((padded - count) * words) * sizeof(int32_t));
@@ -110,17 +86,19 @@ inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, int64
 
 // The values of the same positions; a pair holds two positions of one dimension.
 template <class Numbers, class Element>
-inline void gather_values(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t count, int64_t padded,
-                          int32_t *to) {
+inline void gather_values(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t count,
+                          int64_t padded, int32_t *to) {
     const auto row = [&](int64_t i) {
-        return static_cast<const Element *>(a.v_cache) + slot_of(a, tile, first + i) * a.kv_stride + tile.kv_head * a.head_dim;
+        return static_cast<const Element *>(a.v_cache) + slot_of(a, tile, first + i) * a.kv_stride +
+               tile.kv_head * a.head_dim;
     };
     for (int64_t i = 0; i < padded; i += Numbers::kPack, to += a.head_dim) {
         const Element *low = i < count ? row(i) : nullptr;
         const Element *high = Numbers::kPack == 2 && i + 1 < count ? row(i + 1) : nullptr;
         for (int64_t d = 0; d < a.head_dim; d += kLanes) {
             const VecF x = low ? load_element(low + d) : zero_f();
-            store_i(to + d, Numbers::kPack == 1 ? float_to_bits(x) : pair_up(x, high ? load_element(high + d) : zero_f()));
+            store_i(to + d,
+                    Numbers::kPack == 1 ? float_to_bits(x) : pair_up(x, high ? load_element(high + d) : zero_f()));
         }
     }
 }
@@ -153,7 +131,8 @@ inline void score_chunk(const Glm4Attention &a, const AttentionScratch<Numbers> 
             for (int v = 0; v < Vectors; ++v) {
                 const VecI score = float_to_bits(mul(dots[j][v], set_f(scales[c + j])));
                 const VecI position = set_i(static_cast<int32_t>(first + c + j));
-                const VecF seen = bits_to_float(select_greater(position, limits[v], float_to_bits(set_f(kUnseen)), score));
+                const VecF seen =
+                    bits_to_float(select_greater(position, limits[v], float_to_bits(set_f(kUnseen)), score));
                 store_f(s.scores + (c + j) * kRows + v * kLanes, seen);
                 largest[v] = max_f(largest[v], seen);
             }
@@ -169,7 +148,7 @@ inline void weigh_chunk(const AttentionScratch<Numbers> &s, const float *scales,
             VecF scaled[Numbers::kPack];
             for (int i = 0; i < Numbers::kPack; ++i) {
                 const VecF score = load_f(s.scores + (c + i) * kRows + v * kLanes);
-                const VecF weight = exp_negative(add(score, mul(largest[v], set_f(-1.0f))));
+                const VecF weight = exp_negative(sub(score, largest[v]));
                 sums[v] = add(sums[v], weight);
                 scaled[i] = scales ? mul(weight, set_f(scales[c + i])) : weight;
             }
@@ -198,7 +177,8 @@ inline void add_values(const Glm4Attention &a, const AttentionScratch<Numbers> &
 inline void gather_scales(const Glm4Attention &a, const AttentionTile &tile, const float *scales, float factor,
                           int64_t first, int64_t count, float (&to)[kChunk]) {
     for (int64_t i = 0; i < kChunk; ++i)
-        to[i] = !scales || i >= count ? factor : factor * scales[slot_of(a, tile, first + i) * a.kv_heads + tile.kv_head];
+        to[i] =
+            !scales || i >= count ? factor : factor * scales[slot_of(a, tile, first + i) * a.kv_heads + tile.kv_head];
 }
 
 // Positions [first, end) for one tile of query rows.
@@ -220,7 +200,8 @@ inline void attend(const Glm4Attention &a, const AttentionTile &tile, int64_t fi
         limits[v] = load_i(last_seen + v * kLanes), largest[v] = set_f(kUnseen), sums[v] = zero_f();
     memset(p.values, 0, static_cast<size_t>(a.head_dim * kRows) * sizeof(float));
     for (int64_t c = first; c < end; c += kChunk) {
-        const int64_t count = end - c < kChunk ? end - c : kChunk, padded = ceil_div(count, unroll(Vectors)) * unroll(Vectors);
+        const int64_t count = end - c < kChunk ? end - c : kChunk,
+                      padded = ceil_div(count, unroll(Vectors)) * unroll(Vectors);
         float k_scales[kChunk], v_scales[kChunk];
         gather_scales(a, tile, a.k_scales, a.scale, c, count, k_scales);
         gather_scales(a, tile, a.v_scales, 1.0f, c, count, v_scales);
@@ -230,18 +211,19 @@ inline void attend(const Glm4Attention &a, const AttentionTile &tile, int64_t fi
         for (int v = 0; v < Vectors; ++v) fade[v] = largest[v];
         score_chunk<Numbers, Vectors>(a, s, limits, k_scales, c, padded, largest);
         for (int v = 0; v < Vectors; ++v) {
-            fade[v] = exp_negative(add(fade[v], mul(largest[v], set_f(-1.0f))));
+            fade[v] = exp_negative(sub(fade[v], largest[v]));
             sums[v] = mul(sums[v], fade[v]);
         }
         weigh_chunk<Numbers, Vectors>(s, a.v_scales ? v_scales : nullptr, padded, largest, sums);
         add_values<Numbers, Vectors>(a, s, padded, fade, p.values);
     }
-    for (int v = 0; v < Vectors; ++v) store_f(p.largest + v * kLanes, largest[v]), store_f(p.sums + v * kLanes, sums[v]);
+    for (int v = 0; v < Vectors; ++v)
+        store_f(p.largest + v * kLanes, largest[v]), store_f(p.sums + v * kLanes, sums[v]);
 }
 
 template <class Numbers, class Element>
-inline void attend_any_rows(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t end, char *scratch,
-                            float *partial) {
+inline void attend_any_rows(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t end,
+                            char *scratch, float *partial) {
     if (tile.rows <= kLanes)
         attend<Numbers, 1, Element>(a, tile, first, end, scratch, partial);
     else
@@ -252,8 +234,9 @@ void attention_partial(const Glm4Attention &a, const AttentionTile &tile, int64_
                        float *partial) {
     const auto attend_to = [&](auto element) {
         using Element = decltype(element);
-        if constexpr (kHasPairs && sizeof(Element) < sizeof(float))
-            if (a.dtype == GLM4_BFLOAT16) return attend_any_rows<Pairs, Element>(a, tile, first, end, scratch, partial);
+        if constexpr (sizeof(Element) < sizeof(float))
+            if (a.dtype == GLM4_BFLOAT16)
+                return attend_any_rows<BestNumbers, Element>(a, tile, first, end, scratch, partial);
         attend_any_rows<Floats, Element>(a, tile, first, end, scratch, partial);
     };
     if (a.cache_format == GLM4_CACHE_FLOAT32) attend_to(float());
@@ -263,7 +246,8 @@ void attention_partial(const Glm4Attention &a, const AttentionTile &tile, int64_
 
 // The partial results of a tile, in order, into one; then out to its tokens.
 template <class Element>
-inline void merge(const Glm4Attention &a, const AttentionTile &tile, const float *partials, int64_t count, Element *out) {
+inline void merge(const Glm4Attention &a, const AttentionTile &tile, const float *partials, int64_t count,
+                  Element *out) {
     const int64_t dim = a.head_dim, floats = attention_partial_floats(dim), group = a.heads / a.kv_heads;
     for (int r = 0; r < tile.rows; ++r) {
         const int64_t row = tile.first_row + r;
@@ -278,7 +262,8 @@ inline void merge(const Glm4Attention &a, const AttentionTile &tile, const float
             weights[i] = lanes[0];
             sum += lanes[0] * partials[i * floats + (dim + 1) * kRows + r];
         }
-        Element *to = out + (tile.first_token + row / group) * a.out_stride + (tile.kv_head * group + row % group) * dim;
+        Element *to =
+            out + (tile.first_token + row / group) * a.out_stride + (tile.kv_head * group + row % group) * dim;
         for (int64_t d = 0; d < dim; d += kLanes) {
             float some[kLanes] = {};
             for (int64_t i = 0; i < count; ++i)

@@ -1,82 +1,77 @@
-// Linear layers on bfloat16 weights for few tokens. Included by isa.cpp after linear_kernels.h.
+// Linear layers on bfloat16 weights for few tokens. Included by isa.cpp after numbers.h.
 #pragma once
 
-constexpr int kBf16Rows = 4;    // weight rows read side by side
-constexpr int kBf16Tokens = 4;  // tokens that share what was read
+using Bf16Numbers = BestNumbers;
+constexpr int kBf16Step = kLanes * Bf16Numbers::kPack;  // inputs multiplied at a time
+constexpr int kBf16Ahead = 1024;                        // inputs that memory is asked for in advance
 
-void widen(const void *x, Glm4Dtype dtype, int64_t count, float *out) {
-    if (dtype == GLM4_FLOAT32) {
-        memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
-        return;
-    }
-    const uint16_t *from = static_cast<const uint16_t *>(x);
-    for (int64_t i = 0; i < count; i += kLanes) store_some(out + i, load_some(from + i, count - i), count - i);
+// Vectors of words a token takes: its inputs, padded with zeros.
+int64_t bf16_words(int64_t inputs) { return ceil_div(inputs, kBf16Step) * kLanes; }
+
+inline VecI load_words(const uint16_t *p) {
+    if constexpr (Bf16Numbers::kPack == 2) return load_i(reinterpret_cast<const int32_t *>(p));
+    return shift_left<16>(load_u16(p));
 }
 
-inline float sum_lanes(VecF x) {
-    float lanes[kLanes];
-    store_f(lanes, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+inline VecI load_some_words(const uint16_t *p, int64_t count) {
+    if (count >= kBf16Step) return load_words(p);
+    uint16_t whole[kBf16Step] = {};
+    memcpy(whole, p, static_cast<size_t>(count) * sizeof *p);
+    return load_words(whole);
 }
 
+void bf16_prepare(const uint16_t *x, int64_t inputs, int32_t *words) {
+    for (int64_t i = 0; i < inputs; i += kBf16Step, words += kLanes) store_i(words, load_some_words(x + i, inputs - i));
+}
+
+// Each sum adds its inputs in order, however many rows and tokens are taken side by side. Few rows: each is a stream of
+// memory of its own, and the hardware follows one or two best.
 template <int Rows, int Tokens>
-inline void sum_rows(const uint16_t *weight, int64_t inputs, const float *x, float (&sums)[Rows][Tokens]) {
-    VecF wide[Rows][Tokens];
-    for (int r = 0; r < Rows; ++r)
-        for (int t = 0; t < Tokens; ++t) wide[r][t] = zero_f();
-    const auto step = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        VecF some[Tokens];
-        for (int t = 0; t < Tokens; ++t) some[t] = load_some(x + t * inputs + i, count);
-        for (int r = 0; r < Rows; ++r) {
-            const VecF row = load_some(weight + r * inputs + i, count);
-            for (int t = 0; t < Tokens; ++t) wide[r][t] = fma(row, some[t], wide[r][t]);
+inline void rows_times_tokens(const Bf16Linear &l, int64_t row, int64_t token) {
+    const int64_t words = bf16_words(l.inputs), whole = l.inputs / kBf16Step * kBf16Step;
+    const uint16_t *weight = l.weight + row * l.inputs;
+    const int32_t *x = l.x + token * words;
+    VecF sums[Rows][Tokens];
+    for (auto &of_row : sums)
+        for (VecF &sum : of_row) sum = zero_f();
+    const auto step = [&](const VecI(&w)[Rows]) {
+        for (int t = 0; t < Tokens; ++t) {
+            const VecI some = load_i(x + t * words);
+            for (int r = 0; r < Rows; ++r) sums[r][t] = Bf16Numbers::multiply_add(w[r], some, sums[r][t]);
         }
+        x += kLanes;
     };
-    int64_t i = 0;
-    for (; i + kLanes <= inputs; i += kLanes) step(i, kLanes);
-    if (i < inputs) step(i, inputs - i);
+    VecI w[Rows];
+    for (int64_t i = 0; i < whole; i += kBf16Step) {
+        for (int r = 0; r < Rows; ++r) {
+            w[r] = load_words(weight + r * l.inputs + i);
+            __builtin_prefetch(weight + r * l.inputs + i + kBf16Ahead);
+        }
+        step(w);
+    }
+    if (whole < l.inputs) {
+        for (int r = 0; r < Rows; ++r) w[r] = load_some_words(weight + r * l.inputs + whole, l.inputs - whole);
+        step(w);
+    }
     for (int r = 0; r < Rows; ++r)
-        for (int t = 0; t < Tokens; ++t) sums[r][t] = sum_lanes(wide[r][t]);
+        for (int t = 0; t < Tokens; ++t) {
+            const float sum = sum_lanes(sums[r][t]) + (l.bias ? l.bias[row + r] : 0.0f);
+            store_some(l.out + (token + t) * l.out_stride + row + r, set_f(sum), 1);
+        }
 }
 
-template <int Rows, int Tokens, class Element>
-inline void rows_times_tokens(const uint16_t *weight, int64_t inputs, const float *bias, const float *x, Element *out,
-                              int64_t out_stride) {
-    float sums[Rows][Tokens];
-    sum_rows(weight, inputs, x, sums);
-    for (int t = 0; t < Tokens; ++t)
-        for (int r = 0; r < Rows; ++r)
-            store_some(out + t * out_stride + r, set_f(sums[r][t] + (bias ? bias[r] : 0.0f)), 1);
-}
-
-template <int Rows, class Element>
-inline void rows_times_all(const uint16_t *weight, int64_t inputs, const float *bias, const float *x, int64_t tokens,
-                           Element *out, int64_t out_stride) {
+template <int Rows>
+inline void rows_times_all(const Bf16Linear &l, int64_t row) {
     int64_t t = 0;
-    for (; t + kBf16Tokens <= tokens; t += kBf16Tokens)
-        rows_times_tokens<Rows, kBf16Tokens>(weight, inputs, bias, x + t * inputs, out + t * out_stride, out_stride);
-    for (; t + 2 <= tokens; t += 2)
-        rows_times_tokens<Rows, 2>(weight, inputs, bias, x + t * inputs, out + t * out_stride, out_stride);
-    if (t < tokens) rows_times_tokens<Rows, 1>(weight, inputs, bias, x + t * inputs, out + t * out_stride, out_stride);
+    if constexpr (kLanes == 16)  // enough registers
+        for (; t + 8 <= l.tokens; t += 8) rows_times_tokens<Rows, 8>(l, row, t);
+    for (; t + 4 <= l.tokens; t += 4) rows_times_tokens<Rows, 4>(l, row, t);
+    for (; t + 2 <= l.tokens; t += 2) rows_times_tokens<Rows, 2>(l, row, t);
+    for (; t < l.tokens; ++t) rows_times_tokens<Rows, 1>(l, row, t);
 }
 
-template <class Element>
-inline void bf16_rows(const uint16_t *weight, int64_t first, int64_t rows, int64_t inputs, const float *bias,
-                      const float *x, int64_t tokens, Element *out, int64_t out_stride) {
-    int64_t r = first;
-    const auto bias_at = [&](int64_t row) { return bias ? bias + row : nullptr; };
-    for (; r + kBf16Rows <= first + rows; r += kBf16Rows)
-        rows_times_all<kBf16Rows>(weight + r * inputs, inputs, bias_at(r), x, tokens, out + r, out_stride);
-    for (; r < first + rows; ++r)
-        rows_times_all<1>(weight + r * inputs, inputs, bias_at(r), x, tokens, out + r, out_stride);
-}
-
-void linear_bf16(const uint16_t *weight, int64_t first, int64_t rows, int64_t inputs, const float *bias, const float *x,
-                 int64_t tokens, Glm4Dtype dtype, void *out, int64_t out_stride) {
-    if (dtype == GLM4_BFLOAT16)
-        bf16_rows(weight, first, rows, inputs, bias, x, tokens, static_cast<uint16_t *>(out), out_stride);
-    else
-        bf16_rows(weight, first, rows, inputs, bias, x, tokens, static_cast<float *>(out), out_stride);
+void bf16_rows(const Bf16Linear &l, int64_t first, int64_t end) {
+    int64_t row = first;
+    for (; row + 2 <= end; row += 2) rows_times_all<2>(l, row);
+    if (row < end) rows_times_all<1>(l, row);
 }

@@ -21,10 +21,10 @@ typedef struct {
     int32_t group_size;   // inputs that share a scale; a multiple of 4, or all inputs
     int32_t half_scales;  // 1: scales are IEEE half precision, 0: float
     int32_t reserved;
-    uint8_t *values;      // unsigned: 0..15, or 0..255 with the zero point 128
-    void *scales;         // [panels, groups, 32]
-    uint8_t *zeros;       // [panels, groups, 32]; null: 8 (bits 4), 128 (bits 8)
-    const float *bias;    // [rows] or null
+    uint8_t *values;    // unsigned: 0..15, or 0..255 with the zero point 128
+    void *scales;       // [panels, groups, 32]
+    uint8_t *zeros;     // [panels, groups, 32]; null: 8 (bits 4), 128 (bits 8)
+    const float *bias;  // [rows] or null
 } Glm4Weight;
 
 GLM4_API int glm4_abi_version(void);
@@ -55,9 +55,9 @@ GLM4_API void glm4_pack_rows(const Glm4Weight *weight, int64_t first, int64_t ro
 GLM4_API void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
                           void *out, int64_t out_stride);
 
-// The same for a bfloat16 weight [rows, inputs] as it is, for few tokens: the weight is read once per 4 tokens.
-GLM4_API void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const void *x,
-                               int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out, int64_t out_stride);
+// The same in bfloat16, nothing rounded to 8 bits: weight [rows, inputs] as it is. For few tokens.
+GLM4_API void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias,
+                               const uint16_t *x, int64_t tokens, int64_t x_stride, uint16_t *out, int64_t out_stride);
 
 typedef enum { GLM4_CACHE_FLOAT32 = 0, GLM4_CACHE_BFLOAT16 = 1, GLM4_CACHE_INT8 = 2 } Glm4CacheFormat;
 
@@ -70,8 +70,8 @@ typedef struct {
     void *out;                          // the same
     int64_t q_stride, out_stride;
     const void *k_cache, *v_cache;  // [slots, kv_heads, head_dim]
-    int64_t kv_stride;
-    int64_t cache_format;             // Glm4CacheFormat
+    int64_t slots, kv_stride;
+    int64_t cache_format;              // Glm4CacheFormat
     const float *k_scales, *v_scales;  // [slots, kv_heads] for int8, else null
     int64_t requests, block_size;
     const int64_t *spans;   // [requests, 2]: first row and end in the step
@@ -81,10 +81,56 @@ typedef struct {
 } Glm4Attention;
 
 // Keys and values of the step must be in the cache. At most 262144 positions a request.
-GLM4_API void glm4_attention(const Glm4Attention *attention);
+// Returns 0, or 1 where a block lies outside the cache, and then nothing was done.
+GLM4_API int glm4_attention(const Glm4Attention *attention);
 
-// Read `bytes` once with all threads, as fast as loads go; for benchmarks. Returns the xor of all 64-bit words.
+// What lies between two matrix products of a block: with n(x, w) = w * x / sqrt(mean(x^2) + eps),
+//   hidden = residual + n(branch, branch_weight), or residual itself where branch is null;
+//   out = n(hidden, weight), left out where out is null.
+// Every intermediate result is rounded to `dtype`, as separate tensor operations would.
+typedef struct {
+    int64_t tokens, size;
+    int32_t dtype;  // Glm4Dtype of everything
+    float eps;
+    const void *residual, *branch, *branch_weight, *weight;  // [tokens, size], the same, [size], [size]
+    void *hidden, *out;                                      // [tokens, size]
+} Glm4Norm;
+
+GLM4_API void glm4_norm(const Glm4Norm *norm);
+
+// out = up * silu(gate), silu rounded to `dtype` first; gate_up: [tokens, 2, size], out: [tokens, size].
+typedef struct {
+    int64_t tokens, size, gate_up_stride;
+    int64_t dtype;
+    const void *gate_up;
+    void *out;
+} Glm4Swiglu;
+
+GLM4_API void glm4_swiglu(const Glm4Swiglu *swiglu);
+
+// Rotate the pairs (2i, 2i + 1) of the first rotary_dim numbers of each head of q, in place, and of k; put k and v into
+// the cache, for int8 with one scale for each token and head.
+typedef struct {
+    int64_t tokens, heads, kv_heads, head_dim, rotary_dim;
+    int64_t dtype;                         // of q, k, v, cosines and sines
+    void *q;                               // [tokens, heads, head_dim]
+    const void *k, *v;                     // [tokens, kv_heads, head_dim]
+    int64_t q_stride, k_stride, v_stride;  // elements between tokens
+    const void *cosines, *sines;           // [tokens, rotary_dim / 2]
+    const int64_t *places;                 // [tokens]: the slot of each
+    void *k_cache, *v_cache;               // [slots, kv_heads, head_dim]
+    int64_t slots, kv_stride, cache_format;
+    float *k_scales, *v_scales;  // [slots, kv_heads] for int8, else null
+} Glm4KvWrite;
+
+// Returns 0, or 1 where a place lies outside the cache, and then nothing was done.
+GLM4_API int glm4_rotate_and_store(const Glm4KvWrite *write);
+
+// Read `bytes` once with all threads, as fast as loads go; for benchmarks. Returns a checksum.
 GLM4_API uint64_t glm4_read_stream(const void *memory, size_t bytes);
+
+// Multiply and add 8-bit numbers in registers, on all threads; for benchmarks. Returns the operations, two a product.
+GLM4_API int64_t glm4_multiply(int64_t rounds);
 
 #ifdef __cplusplus
 }

@@ -7,7 +7,6 @@
 namespace glm4 {
 
 constexpr int kPanelRows = 32;  // rows whose weights are interleaved: a cache line of 4-bit weights feeds them all
-constexpr int kMaxTile = 8;     // tokens of an activation tile at most, on any instruction set
 
 // Some tokens' activations in 8 bits, as the kernels read them.
 struct ActivationTile {
@@ -17,8 +16,8 @@ struct ActivationTile {
     float *scales;         // [tokens]
 };
 
-// Some query rows of one request that share a key/value head. Row t · group + h is head h of the group at the request's
-// new token t.
+// Some query rows of one request that share a key/value head. Row t · group + h is head h of the group at the
+// request's new token t.
 struct AttentionTile {
     int64_t first_token;  // of the request in the step
     int64_t start;        // that token's position
@@ -28,8 +27,20 @@ struct AttentionTile {
     const int32_t *table;  // the request's blocks
 };
 
-constexpr int64_t kSplit = 1024;      // positions that one task attends to
+// A linear layer in bfloat16, its activations prepared.
+struct Bf16Linear {
+    const uint16_t *weight;  // [rows, inputs]
+    int64_t inputs;
+    const float *bias;  // [rows] or null
+    const int32_t *x;   // [tokens, words]
+    int64_t tokens;
+    uint16_t *out;
+    int64_t out_stride;
+};
+
+constexpr int64_t kSplit = 1024;  // positions that one task attends to
 constexpr int64_t kMostSplits = 256;
+constexpr int64_t kMostHeadDim = 512;
 
 struct Kernels {
     const char *name;
@@ -42,11 +53,10 @@ struct Kernels {
     // One panel times one tile; out points at the tile's first token and the panel's first row.
     void (*linear_tile)(const Glm4Weight &weight, int64_t panel, const ActivationTile &tile, Glm4Dtype dtype, void *out,
                         int64_t out_stride);
-    // float [count] from either number format.
-    void (*widen)(const void *x, Glm4Dtype dtype, int64_t count, float *out);
-    // Rows [first, first + rows) of a bfloat16 weight times tokens of x: float [tokens, inputs].
-    void (*linear_bf16)(const uint16_t *weight, int64_t first, int64_t rows, int64_t inputs, const float *bias,
-                        const float *x, int64_t tokens, Glm4Dtype dtype, void *out, int64_t out_stride);
+    // Words that a token's inputs take, those words, and rows [first, end) of a bfloat16 layer.
+    int64_t (*bf16_words)(int64_t inputs);
+    void (*bf16_prepare)(const uint16_t *x, int64_t inputs, int32_t *words);
+    void (*bf16_rows)(const Bf16Linear &linear, int64_t first, int64_t end);
     // Attention of one tile to positions [first, end): an unfinished result, of attention_partial_floats numbers.
     size_t (*attention_scratch_size)(int64_t head_dim);
     int64_t (*attention_partial_floats)(int64_t head_dim);
@@ -55,7 +65,13 @@ struct Kernels {
     // The unfinished results of a tile, in order of their positions, into the tokens' outputs.
     void (*attention_merge)(const Glm4Attention &attention, const AttentionTile &tile, const float *partials,
                             int64_t count);
+    // One token of each.
+    void (*norm_token)(const Glm4Norm &norm, int64_t token);
+    void (*swiglu_token)(const Glm4Swiglu &swiglu, int64_t token);
+    void (*rotate_and_store_token)(const Glm4KvWrite &write, int64_t token);
+    // The ceilings, for benchmarks.
     uint64_t (*read_stream)(const void *memory, size_t bytes);
+    int64_t (*multiply)(int64_t rounds);
 };
 
 // The table that glm4_select_isa chose.

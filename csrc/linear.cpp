@@ -49,7 +49,8 @@ void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_s
         for (int t = 0; t < tile.tokens; ++t)
             k.quantize_token(w, x + static_cast<size_t>(tiles.first(i) + t) * x_stride, dtype, tile, t);
     });
-    // Neighbouring panels go to one thread, so that it reads one stream; enough pieces that a slow core holds up little.
+    // Neighbouring panels go to one thread, so that it reads one stream, in enough pieces that a slow core holds up
+    // little.
     const int64_t panels = panel_count(w), chunk = std::max<int64_t>(1, panels / (threads() * 8));
     parallel_for(ceil_div(panels, chunk), [&](int64_t i) {
         for (int64_t panel = i * chunk; panel < std::min(panels, (i + 1) * chunk); ++panel)
@@ -75,16 +76,15 @@ void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_
                            static_cast<char *>(out) + static_cast<size_t>(first * out_stride) * size, out_stride);
 }
 
-void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const void *x,
-                      int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out, int64_t out_stride) {
+void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const uint16_t *x,
+                      int64_t tokens, int64_t x_stride, uint16_t *out, int64_t out_stride) {
     const glm4::Kernels &k = glm4::kernels();
-    float *wide = reinterpret_cast<float *>(glm4::scratch.need(static_cast<size_t>(tokens * inputs) * sizeof(float)));
-    for (int64_t t = 0; t < tokens; ++t)
-        k.widen(static_cast<const char *>(x) + static_cast<size_t>(t * x_stride) * glm4::element_size(dtype), dtype, inputs,
-                wide + t * inputs);
-    const int64_t chunk = std::max<int64_t>(16, rows / (glm4::threads() * 8) / 4 * 4);
-    glm4::parallel_for(glm4::ceil_div(rows, chunk), [&](int64_t i) {
-        k.linear_bf16(weight, i * chunk, std::min(chunk, rows - i * chunk), inputs, bias, wide, tokens, dtype, out, out_stride);
-    });
+    const int64_t words = k.bf16_words(inputs), chunk = std::max<int64_t>(16, rows / (glm4::threads() * 8) / 8 * 8);
+    int32_t *prepared =
+        reinterpret_cast<int32_t *>(glm4::scratch.need(static_cast<size_t>(tokens * words) * sizeof(int32_t)));
+    for (int64_t t = 0; t < tokens; ++t) k.bf16_prepare(x + t * x_stride, inputs, prepared + t * words);
+    const glm4::Bf16Linear linear = {weight, inputs, bias, prepared, tokens, out, out_stride};
+    glm4::parallel_for(glm4::ceil_div(rows, chunk),
+                       [&](int64_t i) { k.bf16_rows(linear, i * chunk, std::min(rows, (i + 1) * chunk)); });
 }
 }

@@ -17,14 +17,16 @@ inline VecI to_bf16(VecF x) {
 inline void store_element(float *p, VecF x) { store_f(p, x); }
 inline void store_element(uint16_t *p, VecF x) { store_low16(p, to_bf16(x)); }
 
-template <class Element> inline void store_some(Element *p, VecF x, int64_t count) {
+template <class Element>
+inline void store_some(Element *p, VecF x, int64_t count) {
     if (count >= kLanes) return store_element(p, x);
     Element whole[kLanes];
     store_element(whole, x);
     for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }
 
-template <class Element> inline VecF load_some(const Element *p, int64_t count) {
+template <class Element>
+inline VecF load_some(const Element *p, int64_t count) {
     if (count >= kLanes) return load_element(p);
     Element whole[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
@@ -39,7 +41,8 @@ inline int32_t sum_lanes(VecI x) {
 }
 
 // The largest magnitude; as whole numbers, bit patterns order like the floats, and NaN is above infinity.
-template <class Element> inline float largest_magnitude(const Element *x, int64_t count) {
+template <class Element>
+inline float largest_magnitude(const Element *x, int64_t count) {
     VecI largest = zero_i();
     for (int64_t i = 0; i < count; i += kLanes)
         largest = max_i(largest, and_i(float_to_bits(load_some(x + i, count - i)), set_i(0x7fffffff)));
@@ -51,25 +54,31 @@ template <class Element> inline float largest_magnitude(const Element *x, int64_
     return magnitude;
 }
 
+// By what to multiply numbers no larger than `largest` so that they fit -127 .. 127, and what undoes it. Numbers that
+// are not finite count as zeros, with the scale NaN; those too small to be turned over count as zeros too.
+inline float eight_bit_factor(float largest, float *scale) {
+    const bool finite = largest <= 3.402823466e38f;
+    *scale = finite ? largest / 127.0f : __builtin_nanf("");
+    return finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
+}
+
+inline VecI to_eight_bits(VecF x, float factor) { return factor > 0 ? round_to_int(mul(x, set_f(factor))) : zero_i(); }
+
 template <class Element>
 inline void quantize_row(const Glm4Weight &w, const Element *x, const ActivationTile &tile, int token) {
-    const float largest = largest_magnitude(x, w.inputs);
-    const bool finite = largest <= 3.402823466e38f;
-    const float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
-    tile.scales[token] = finite ? largest / 127.0f : __builtin_nanf("");
+    const float factor = eight_bit_factor(largest_magnitude(x, w.inputs), tile.scales + token);
     const int32_t zero_point = w.zeros ? 1 : w.bits == 4 ? 8 : 128;
     const int64_t groups = group_count(w), steps = group_steps(w);
     for (int64_t g = 0; g < groups; ++g) {
         VecI sum = zero_i();
         for (int64_t i = 0; i < w.group_size; i += kLanes) {
-            VecI whole = zero_i();  // a token that is not finite counts as zeros: its scale is NaN
-            if (inverse > 0)
-                whole = round_to_int(mul(load_some(x + g * w.group_size + i, w.group_size - i), set_f(inverse)));
+            const VecI whole = to_eight_bits(load_some(x + g * w.group_size + i, w.group_size - i), factor);
             sum = add_i(sum, whole);
             int8_t bytes[kLanes];
             store_low8(bytes, whole);
             int8_t *to = tile.values + ((g * steps + i / 4) * tile.tokens + token) * 4;
-            for (int64_t j = 0; j < kLanes && i + j < steps * 4; j += 4, to += tile.tokens * 4) memcpy(to, bytes + j, 4);
+            for (int64_t j = 0; j < kLanes && i + j < steps * 4; j += 4, to += tile.tokens * 4)
+                memcpy(to, bytes + j, 4);
         }
         tile.corrections[g * tile.tokens + token] = -zero_point * sum_lanes(sum);
     }
@@ -83,7 +92,8 @@ void quantize_token(const Glm4Weight &w, const void *x, Glm4Dtype dtype, const A
 }
 
 // The weights of 4 inputs of a panel as unsigned bytes, rows in order.
-template <int Bits> inline void load_weights(const uint8_t *p, VecB (&w)[kParts]) {
+template <int Bits>
+inline void load_weights(const uint8_t *p, VecB (&w)[kParts]) {
     if (Bits == 8) {
         for (int v = 0; v < kParts; ++v) w[v] = load_bytes(p + v * sizeof(VecB));
     } else {
@@ -94,7 +104,8 @@ template <int Bits> inline void load_weights(const uint8_t *p, VecB (&w)[kParts]
     }
 }
 
-template <bool HalfScales> inline VecF load_scales(const void *scales, int64_t at) {
+template <bool HalfScales>
+inline VecF load_scales(const void *scales, int64_t at) {
     return HalfScales ? load_half(static_cast<const uint16_t *>(scales) + at)
                       : load_f(static_cast<const float *>(scales) + at);
 }
@@ -136,7 +147,8 @@ inline void sum_panel(const Glm4Weight &w, int64_t panel, const ActivationTile &
 }
 
 template <int Bits, bool Zeros, bool HalfScales, int Tokens, class Element>
-void panel_times_tile(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out, int64_t out_stride) {
+void panel_times_tile(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out,
+                      int64_t out_stride) {
     VecF sums[Tokens][kParts];
     sum_panel<Bits, Zeros, HalfScales, Tokens>(w, panel, tile, sums);
     const int64_t row = panel * kPanelRows;
@@ -154,13 +166,16 @@ void panel_times_tile(const Glm4Weight &w, int64_t panel, const ActivationTile &
 
 // Turn the numbers that are known when a kernel is called into those that it is compiled for.
 template <int Bits, bool Zeros, bool HalfScales, class Element, int Tokens = 1>
-inline void choose_tokens(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out, int64_t stride) {
+inline void choose_tokens(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out,
+                          int64_t stride) {
     if (tile.tokens == Tokens) return panel_times_tile<Bits, Zeros, HalfScales, Tokens>(w, panel, tile, out, stride);
-    if constexpr (Tokens < kTile) choose_tokens<Bits, Zeros, HalfScales, Element, Tokens + 1>(w, panel, tile, out, stride);
+    if constexpr (Tokens < kTile)
+        choose_tokens<Bits, Zeros, HalfScales, Element, Tokens + 1>(w, panel, tile, out, stride);
 }
 
 template <int Bits, bool Zeros, class Element>
-inline void choose_scales(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out, int64_t stride) {
+inline void choose_scales(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, Element *out,
+                          int64_t stride) {
     if (w.half_scales)
         choose_tokens<Bits, Zeros, true>(w, panel, tile, out, stride);
     else

@@ -2,10 +2,7 @@
 // a third to address translation, and many systems grant huge pages to those who ask only.
 #include <sys/mman.h>
 
-#include <algorithm>
-
-#include "kernels.h"
-#include "thread_pool.h"
+#include "glm4_cpu.h"
 
 namespace {
 
@@ -34,19 +31,5 @@ void *glm4_allocate(size_t bytes) {
 
 void glm4_free(void *memory, size_t bytes) {
     if (memory) munmap(memory, mapped(bytes));
-}
-
-uint64_t glm4_read_stream(const void *memory, size_t bytes) {
-    constexpr size_t kChunk = size_t{1} << 21;
-    const size_t chunks = (bytes + kChunk - 1) / kChunk;
-    uint64_t *sums = new uint64_t[chunks]();
-    glm4::parallel_for(static_cast<int64_t>(chunks), [&](int64_t i) {
-        const size_t first = static_cast<size_t>(i) * kChunk;
-        sums[i] = glm4::kernels().read_stream(static_cast<const char *>(memory) + first, std::min(kChunk, bytes - first));
-    });
-    uint64_t total = 0;
-    for (size_t i = 0; i < chunks; ++i) total += sums[i];
-    delete[] sums;
-    return total;
 }
 }

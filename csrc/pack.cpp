@@ -4,6 +4,8 @@
 // Rows that pad the last panel are zeros with scale 0.
 #include <string.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -25,24 +27,33 @@ uint64_t eight_nibbles(const uint8_t *row, int64_t input) {
     return spread(word);
 }
 
+// A cache line of each row at a time: rows that lie a power of two apart would push each other's lines out otherwise.
+constexpr int64_t kLine = 64;
+
 // rows: the panel's 32 rows, null where there is none; group sizes of 4-bit weights are multiples of 8.
 void pack_panel_4(const Glm4Weight &w, const uint8_t *const *rows, uint8_t *to) {
-    for (int64_t i = 0; i < w.inputs; i += 8, to += 128)
-        for (int l = 0; l < 16; ++l) {
-            const uint64_t both = eight_nibbles(rows[l], i) | eight_nibbles(rows[l + 16], i) << 4;
-            memcpy(to + 4 * l, &both, 4);
-            memcpy(to + 64 + 4 * l, reinterpret_cast<const char *>(&both) + 4, 4);
-        }
+    for (int64_t block = 0; block < w.inputs; block += 2 * kLine)
+        for (int l = 0; l < 16; ++l)
+            for (int64_t i = block; i < std::min(w.inputs, block + 2 * kLine); i += 8) {
+                const uint64_t both = eight_nibbles(rows[l], i) | eight_nibbles(rows[l + 16], i) << 4;
+                uint8_t *step = to + i * 16 + 4 * l;
+                memcpy(step, &both, 4);
+                memcpy(step + 64, reinterpret_cast<const char *>(&both) + 4, 4);
+            }
 }
 
 void pack_panel_8(const Glm4Weight &w, const uint8_t *const *rows, uint8_t *to) {
-    for (int64_t i = 0; i < w.inputs; i += 4, to += 128)
-        for (int l = 0; l < kPanelRows; ++l) {
-            uint32_t four = 0;
-            if (rows[l]) memcpy(&four, rows[l] + i, static_cast<size_t>(w.inputs - i < 4 ? w.inputs - i : 4));
-            four ^= 0x80808080;
-            memcpy(to + 4 * l, &four, 4);
-        }
+    for (int64_t block = 0; block < w.inputs; block += kLine)
+        for (int l = 0; l < kPanelRows; ++l)
+            for (int64_t i = block; i < std::min(w.inputs, block + kLine); i += 4) {
+                uint32_t four = 0;
+                if (rows[l] && i + 4 <= w.inputs)
+                    memcpy(&four, rows[l] + i, 4);
+                else if (rows[l])
+                    memcpy(&four, rows[l] + i, static_cast<size_t>(w.inputs - i));
+                four ^= 0x80808080;
+                memcpy(to + i * kPanelRows + 4 * l, &four, 4);
+            }
 }
 
 uint16_t to_half(float x) {  // for values that a half holds exactly

@@ -52,7 +52,9 @@ class ThreadPool {
         open_.store(true);
         round_.fetch_add(1);
         if (sleeping_.load() > 0) {
-            { std::lock_guard<std::mutex> hold(sleep_); }
+            {
+                std::lock_guard<std::mutex> hold(sleep_);
+            }
             wake_.notify_all();
         }
         work();
@@ -76,7 +78,9 @@ class ThreadPool {
 
     void stop() {
         stopping_.store(true);
-        { std::lock_guard<std::mutex> hold(sleep_); }
+        {
+            std::lock_guard<std::mutex> hold(sleep_);
+        }
         wake_.notify_all();
         for (std::thread &worker : workers_) worker.join();
         workers_.clear();

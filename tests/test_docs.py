@@ -38,7 +38,9 @@ def run(command: str, folder: Path, standard_input: str = "") -> subprocess.Comp
     command = re.sub(r"\b(configs|docs)/", rf"{here}/\1/", command)
     command = command.replace("python run_mindformer.py", f"{sys.executable} {here}/run_mindformer.py")
     command = re.sub(
-        r"\bglm4 (?=generate|chat|batch|bench|plan|verify|download|completion|')", f"{sys.executable} -m glm4 ", command
+        r"\bglm4 (?=generate|chat|batch|bench|plan|quantize|verify|download|completion|')",
+        f"{sys.executable} -m glm4 ",
+        command,
     )
     return subprocess.run(
         ["bash", "-c", command], cwd=folder, input=standard_input, capture_output=True, text=True, timeout=300

@@ -189,6 +189,12 @@ class EngineOptions:
     )
     max_model_len: int | None = _option(None, "longest prompt plus answer; none: the model's own limit", low=1)
     max_batch_tokens: int = _option(2048, "tokens computed in one step at most", low=1)
+    step_stretch: float | None = _option(
+        None,
+        "let chunks of prompts make a step take at most about this many times as long while answers are under way; "
+        "none: as long as max_batch_tokens makes it",
+        above=1.0,
+    )
     max_batch_requests: int = _option(64, "requests running side by side at most", low=1)
     block_size: int = _option(16, "tokens in one block of the KV cache", low=1)
     kv_cache_dtype: str = _option(

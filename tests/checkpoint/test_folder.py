@@ -149,13 +149,6 @@ def test_one_of_the_two_names_is_enough(folder: Path, config: dict[str, object])
     assert ModelFolder.open(folder).read_json("config.json") == config
 
 
-def test_quantised(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
-    text = message(folder)
-    assert "gptq" in text
-    assert "bfloat16" in text
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from error_cases import folders, machine, words
+from error_cases import batches, folders, machine, quantized, server, words
 from error_cases.table import CASES, Row, read_rows
 from programs import REPOSITORY, Bench
 
@@ -13,7 +13,7 @@ from glm4 import errors
 
 PAGE = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
 ROWS = read_rows(PAGE)
-LOADED = (folders, words, machine)  # registered their cases
+LOADED = (batches, folders, words, machine, quantized, server)  # registered their cases
 
 
 def test_every_row_has_one_case_and_every_case_a_row() -> None:

@@ -204,9 +204,15 @@ def _(bench: Bench) -> Ran:
     return bench.both()
 
 
-@case("`config.json` of quantised weights")
+@case("`config.json` of weights quantised in a way that is not read")
 def _(bench: Bench) -> Ran:
-    bench.edit_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    bench.edit_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    return bench.both()
+
+
+@case("`config.json` of 3-bit weights")
+def _(bench: Bench) -> Ran:
+    bench.edit_config(quantization_config={"quant_method": "gptq", "bits": 3, "group_size": 128})
     return bench.both()
 
 

@@ -17,4 +17,3 @@ def isas() -> Iterator[list[str]]:
     yield [name for name in library.ISAS if library.select_isa(name)]
     library.select_isa(None)
     library.set_threads(2)
-

@@ -29,7 +29,14 @@ class Case:
     """Some requests whose blocks lie anywhere in a cache full of NaN elsewhere."""
 
     def __init__(
-        self, requests: list[tuple[int, int]], kv_heads: int, group: int, dim: int, block_size: int, cache: str, seed: int
+        self,
+        requests: list[tuple[int, int]],
+        kv_heads: int,
+        group: int,
+        dim: int,
+        block_size: int,
+        cache: str,
+        seed: int,
     ) -> None:
         """requests: (tokens in the cache already, new tokens) of each."""
         generator = torch.Generator().manual_seed(seed)
@@ -62,9 +69,7 @@ class Case:
                 tensor[unused] = torch.nan
 
     def run(self, q: Tensor | None = None) -> Tensor:
-        return paged_attention(
-            self.q if q is None else q, self.k, self.v, self.batch, self.k_scales, self.v_scales
-        )
+        return paged_attention(self.q if q is None else q, self.k, self.v, self.batch, self.k_scales, self.v_scales)
 
     def expected(self, magnitudes: bool = False) -> Tensor:
         """The attention itself, or, for bounds on errors, that of the values' magnitudes."""
@@ -165,5 +170,8 @@ def test_what_does_not_fit_is_refused(isas: list[str]) -> None:
         paged_attention(case.q, case.k, case.v, case.batch, torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="alike"):
         paged_attention(case.q, case.k, case.v.transpose(0, 1).contiguous().transpose(0, 1), case.batch)
+    for block in (-1, 5):
+        with pytest.raises(ValueError, match="outside the cache of 64 slots"):
+            paged_attention(case.q, case.k, case.v, make_paged_batch([(0, 2)], [0], [[block]], 16))
     with pytest.raises(ValueError, match="no attention"):
         paged_attention(case.q[:, :7], case.k, case.v, case.batch)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glm4.ops.cpu import library
-from glm4.ops.cpu.linear import PackedLinear, make_quantized_linear
+from glm4.ops.cpu.linear import PackedLinear, bf16_linear, make_quantized_linear
+from glm4.ops.cpu.memory import huge_page_tensor
 from glm4.ops.quantized import (
     QuantizedLinear,
     QuantizedWeight,
@@ -173,7 +175,9 @@ def test_scales_below_the_normal_range_of_float16(isas: list[str]) -> None:
     for isa in isas:
         library.select_isa(isa)
         layer = PackedLinear.pack(weight)
-        assert ((layer(x) - dynamic_quantized_linear(x.double(), weight)).abs() <= rounding_bound(x, weight, None)).all()
+        assert (
+            (layer(x) - dynamic_quantized_linear(x.double(), weight)).abs() <= rounding_bound(x, weight, None)
+        ).all()
 
 
 def test_weights_that_come_in_blocks_of_rows(isas: list[str]) -> None:
@@ -181,9 +185,7 @@ def test_weights_that_come_in_blocks_of_rows(isas: list[str]) -> None:
     layer = PackedLinear(100, 128, 4, 32, zeros=True)
     for first, end in ((64, 100), (0, 32), (32, 64)):
         assert weight.zeros is not None
-        part = QuantizedWeight(
-            4, 32, weight.values[first:end], weight.scales[first:end], weight.zeros[first:end]
-        )
+        part = QuantizedWeight(4, 32, weight.values[first:end], weight.scales[first:end], weight.zeros[first:end])
         layer.fill(first, part)
     x = random_activations(3, 128)
     assert torch.equal(layer(x), PackedLinear.pack(weight)(x))
@@ -248,8 +250,7 @@ def test_a_child_of_fork_has_threads_of_its_own(isas: list[str]) -> None:
 
 def test_memory_goes_back_when_a_layer_does(isas: list[str]) -> None:
     def mapped() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
     before = mapped()
     for _ in range(20):
@@ -280,8 +281,9 @@ def test_the_environment_chooses_the_instruction_set(isas: list[str]) -> None:
     assert "GLM4_CPU_ISA: 'sse9' is none of plain, avx2, avx512vnni, avx512bf16" in summary("sse9").stderr
 
 
-def test_without_the_library_the_readable_reference_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    monkeypatch.setattr(library, "_PATH", library._PATH.with_name("no_such_library.so"))
+def test_without_the_library_the_readable_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(library, "_MODULE", "glm4.ops.cpu._no_such_kernels")
     library._open.cache_clear()
     try:
         weight, x = random_weight(40, 64), random_activations(2, 64)
@@ -299,3 +301,39 @@ def test_group_sizes_that_the_kernels_do_not_know_run_on_the_reference(isas: lis
     assert isinstance(make_quantized_linear(random_weight(8, 512, 4, 512, zeros=True)), QuantizedLinear)
     with pytest.raises(ValueError, match="groups of 30"):
         PackedLinear.pack(random_weight(8, 60, 8, 30))
+
+
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 300),
+    tokens=st.integers(0, 8),
+    with_bias=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@slow_to_set_up
+def test_bfloat16_weights(isas: list[str], rows: int, inputs: int, tokens: int, with_bias: bool, threads: int) -> None:
+    """Float32 sums, rounded once; a token alone gives the same bits."""
+    weight = random_activations(rows, inputs, seed=1).bfloat16()
+    bias = random_activations(1, rows, seed=2)[0].bfloat16() if with_bias else None
+    x = random_activations(tokens, inputs + 1, seed=3).bfloat16()[:, 1:]
+    exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+    magnitudes = x.double().abs() @ weight.double().abs().t() + (0.0 if bias is None else bias.double().abs())
+    bound = 2**-8 * exact.abs() + 2**-18 * magnitudes
+    library.set_threads(threads)
+    for isa in isas:
+        library.select_isa(isa)
+        out = bf16_linear(x, weight, bias)
+        assert out.shape == exact.shape
+        assert ((out.double() - exact).abs() <= bound).all()
+        for t in range(tokens):
+            assert torch.equal(bf16_linear(x[t : t + 1], weight, bias)[0], out[t])
+
+
+def test_tensors_on_huge_pages_begin_as_zeros_and_live_as_long_as_their_views(isas: list[str]) -> None:
+    tensor = huge_page_tensor((3, 5), torch.bfloat16)
+    assert tensor.shape == (3, 5) and tensor.dtype is torch.bfloat16 and not tensor.any()
+    view = tensor.fill_(7)[1:, 2]
+    del tensor
+    gc.collect()
+    other = huge_page_tensor((3, 5), torch.bfloat16).fill_(1)
+    assert (view == 7).all() and (other == 1).all()

@@ -21,6 +21,7 @@ from glm4.errors import CheckpointError, ConfigError, OptionError
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.utils import shapes_of
 from glm4.ops.quantized import QuantizedWeight
+from glm4.quantization.quantize import quantize
 from glm4.quantization.weights import Weights, expected_layouts, read_format
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -237,16 +238,30 @@ def test_8_bit_floats(tmp_path: Path, settings: dict[str, Any], scale_name: str,
         rows = {"one": shape[0], "rows": 1, "blocks": 48}[scale_shape]
         columns = {"one": shape[1], "rows": shape[1], "blocks": 32}[scale_shape]
         table = torch.rand(-(-shape[0] // rows), -(-shape[1] // columns), generator=rng) / 1000
-        numbers = torch.empty(shape)
-        for row in range(shape[0]):
-            for column in range(shape[1]):
-                numbers[row, column] = values[row, column].float() * table[row // rows, column // columns]
+        wide = table.repeat_interleave(rows, dim=0)[: shape[0]].repeat_interleave(columns, dim=1)[:, : shape[1]]
+        numbers = values.float() * wide
         parts = {"weight": values, scale_name: table[0, 0] if scale_shape == "one" else table}
         if settings.get("activation_scheme") == "static":
             parts["input_scale"] = torch.ones(1)
         return parts, numbers
 
     check(tmp_path, write_folder(tmp_path, settings, pack), None)
+
+
+def test_what_is_dequantised_can_be_quantised_again(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+
+    def pack(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
+        values = (torch.randn(shape, generator=rng) * 100).to(torch.float8_e4m3fn)
+        return {"weight": values, "weight_scale": torch.tensor(0.01)}, values.float() * 0.01
+
+    expected = write_folder(tmp_path, {"quant_method": "fp8"}, pack)
+    weights = open_weights(tmp_path, "int4")
+    weights.check()
+    name = "model.layers.0.mlp.down_proj.weight"
+    read, rounded = weights.read(name), quantize(expected[name].bfloat16(), weights.layouts[name])
+    assert isinstance(read, QuantizedWeight)
+    assert torch.equal(read.dequantize(torch.float32), rounded.dequantize(torch.float32))
 
 
 def some_gptq(folder: Path) -> dict[str, Tensor]:
@@ -338,8 +353,8 @@ def test_what_is_quantised_is_not_quantised_in_another_way(tmp_path: Path) -> No
         (compressed("int-quantized", num_bits=8, type="float"), "type 'float' is not supported (supported: int)"),
         (compressed("pack-quantized") | {"config_groups": {}}, "0 ways to quantise weights"),
         (
-            compressed("pack-quantized") | {"config_groups": {"a": {"weights": {"num_bits": n}} for n in "a"}},
-            "num_bits 'a' is not supported",
+            compressed("pack-quantized") | {"config_groups": {"group_0": {"weights": {"num_bits": "four"}}}},
+            "num_bits 'four' is not supported",
         ),
         (
             compressed("pack-quantized") | {"config_groups": {str(n): {"weights": {"num_bits": n}} for n in (4, 8)}},

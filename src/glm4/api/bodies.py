@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from glm4.errors import OptionError
 from glm4.options import SamplingParams, nearest
+from glm4.text.messages import ROLES
 
 Json = dict[str, Any]
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -20,6 +22,34 @@ RENAMED = dict.fromkeys(["max_tokens", "max_completion_tokens", "max_output_toke
 """OpenAI's names of our options."""
 NOT_IN_ANSWERS = frozenset(["prompt_logprobs"])
 """Options whose result has no place in OpenAI's answers."""
+
+
+MESSAGES_SCHEMA: Json = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"enum": [*ROLES]},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            "required": ["type", "text"],
+                        },
+                    },
+                ]
+            },
+        },
+        "required": ["role", "content"],
+    },
+}
+"""What is said of a conversation in the API's description; `normalise_messages` checks it."""
+Messages = Annotated[list[dict[str, Any]], msgspec.Meta(extra_json_schema=MESSAGES_SCHEMA)]
 
 
 class OpenAIBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -93,6 +123,8 @@ def convert(said: Mapping[str, Any], kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         where = path.removesuffix("`").removeprefix(".")
+        if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
+            raise OptionError(f"{where}{'.' if where else ''}{missing[1]}: it is missing") from error
         raise OptionError(f"{where}: {_lower(what)}" if where else _lower(what)) from error
 
 

@@ -12,6 +12,7 @@ from glm4.api.answer import Answer, AnswerForm, Part, read_answer
 from glm4.api.bodies import (
     Json,
     JsonObjectFormat,
+    Messages,
     OpenAIBody,
     StreamOptions,
     TextFormat,
@@ -61,7 +62,7 @@ class Thinking(msgspec.Struct, forbid_unknown_fields=True):
 class ChatCompletionBody(OpenAIBody, kw_only=True):
     """The keys of a chat completion beside those about sampling."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -28,6 +28,8 @@ class InputTool(msgspec.Struct, forbid_unknown_fields=True):
     strict: bool | None = None
     cache_control: dict[str, Any] | None = None
     """Beginnings that prompts share are always kept."""
+    eager_input_streaming: bool | None = None
+    """Arguments always come as they are written."""
 
 
 class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,6 +48,18 @@ class ThinkingSettings(msgspec.Struct, forbid_unknown_fields=True):
     display: str | None = None
 
 
+class SchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
+    """JSON that a schema accepts."""
+
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer's text is to be."""
+
+    format: SchemaFormat | None = None
+
+
 class CountTokensBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What makes a prompt."""
 
@@ -55,6 +69,8 @@ class CountTokensBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tools: list[InputTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingSettings | None = None
+    cache_control: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
@@ -124,6 +140,7 @@ def _chat(said: CountTokensBody, values: Json) -> ChatRequest:
             parallel=not (said.tool_choice and said.tool_choice.disable_parallel_tool_use),
         ),
         sampling=sampling_from_json(values),
+        answer_schema=said.output_config.format.schema if said.output_config and said.output_config.format else None,
         thinking={"enabled": True, "disabled": False}.get(said.thinking.type) if said.thinking else None,
     )
 
@@ -185,7 +202,7 @@ def _stop(output: RequestOutput, has_calls: bool) -> Json:
 def whole_message(head: Head, form: AnswerForm, output: RequestOutput) -> Json:
     """The message that a finished output is."""
     writer = MessageWriter(head, form)
-    writer.push(0, output)
+    writer.push(0, replace(output, delta=output.text))
     return writer.ended
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -334,5 +334,5 @@ _DELTAS: dict[str, tuple[str, Json]] = {
 def whole_response(head: Head, echoed: Json, form: AnswerForm, output: RequestOutput) -> Json:
     """The response that a finished output is."""
     writer = ResponseWriter(head, echoed, form)
-    writer.push(0, output)
+    writer.push(0, replace(output, delta=output.text))
     return writer.ended

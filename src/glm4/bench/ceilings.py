@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from glm4.checkpoint.safetensors_reader import Checkpoint
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.utils import tensor_specs
 from glm4.options import EngineOptions
+from glm4.quantization.layout import Layout
 
 _BUFFER_BYTES = 512 * 2**20
 """More than the last-level caches of most machines hold."""
@@ -41,12 +42,14 @@ class Work:
     """Two for each weight of the layers' matrices; the output head works on a prompt's last token alone."""
 
     @classmethod
-    def of(cls, config: Glm4Config, dtype: torch.dtype) -> Work:
-        """The work of a model of this shape with weights in `dtype`."""
+    def of(cls, config: Glm4Config, dtype: torch.dtype, layouts: Mapping[str, Layout] | None = None) -> Work:
+        """The work of a model of this shape with weights in `dtype`, but for those that are held as `layouts` says."""
+        held = layouts or {}
         specs = list(tensor_specs(config))
         read = [s for s in specs if config.tie_word_embeddings or s.name != "model.embed_tokens.weight"]
         matrices = [s for s in specs if s.name.startswith("model.layers.") and len(s.shape) == 2]
-        return cls(sum(s.numel for s in read) * dtype.itemsize, 2 * sum(s.numel for s in matrices))
+        sizes = (held[s.name].nbytes(s.shape) if s.name in held else s.numel * dtype.itemsize for s in read)
+        return cls(sum(sizes), 2 * sum(s.numel for s in matrices))
 
 
 def measure_ceilings(options: EngineOptions) -> Ceilings:
@@ -55,7 +58,7 @@ def measure_ceilings(options: EngineOptions) -> Ceilings:
         torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(ModelFolder.open(options.model))
     device = devices.select_device(options.device, options.device_id)
-    dtype = devices.select_dtype(options.dtype, checkpoint.info(checkpoint.names()[0]).dtype, device)
+    dtype = devices.select_dtype(options.dtype, checkpoint.info("model.embed_tokens.weight").dtype, device)
     return Ceilings(read_speed(device), multiply_speed(device, dtype))
 
 

@@ -185,6 +185,7 @@ def _conditions(llm: LLM) -> Json:
         "model": llm.options.model,
         "device": str(weights.device),
         "dtype": str(weights.dtype).removeprefix("torch."),
+        "weights": llm.plan.weight_format,
         "threads": torch.get_num_threads(),
         "max_batch_tokens": llm.options.max_batch_tokens,
         "max_batch_requests": llm.options.max_batch_requests,
@@ -204,7 +205,7 @@ def _show(llm: LLM, run: Run, found: Json, ceilings: Ceilings | None) -> None:
     from glm4.bench.run import shares
 
     if ceilings is not None:
-        found["ceilings"] = shares(run, Work.of(llm.config, llm.model.embed_tokens.dtype), ceilings)
+        found["ceilings"] = shares(run, Work.of(llm.config, llm.model.embed_tokens.dtype, llm.plan.layouts), ceilings)
     _print_tables(found)
     click.echo(json.dumps(found, ensure_ascii=False))
 
@@ -214,7 +215,7 @@ def _print_tables(found: Json) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, markup=False)
-    times = Table(title=f"{found['model']}, {found['dtype']} on {found['device']}", title_justify="left")
+    times = Table(title=f"{found['model']}, {found['weights']} on {found['device']}", title_justify="left")
     times.add_column("milliseconds")
     columns = ("mean", "p50", "p90", "p99", "max")
     for column in columns:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from glm4.errors import OptionError
-from glm4.options import DTYPES, KV_CACHE_DTYPES, EngineOptions, parse_memory
+from glm4.model.utils import shapes_of
+from glm4.options import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineOptions, parse_memory
 from glm4.plan import MemoryPlan, gib, memory_limit
+from glm4.quantization.layout import chosen_layouts
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from glm4.model.configuration_glm4 import Glm4Config
+    from glm4.quantization.layout import Layout
 
 _MEMORY_SIZES = (16, 24, 30, 48, 59, 80)
 _CARDS = (1, 2, 4, 8)
@@ -24,6 +27,13 @@ _CARDS = (1, 2, 4, 8)
 @click.command("plan", short_help="what a model needs in memory, and what fits where")
 @click.argument("model", type=click.Path())
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="bfloat16", show_default=True, help="number format")
+@click.option(
+    "--quantization",
+    type=click.Choice(QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="weights rounded while they load; none: as they are stored",
+)
 @click.option(
     "--kv-cache-dtype",
     type=click.Choice(KV_CACHE_DTYPES),
@@ -37,7 +47,13 @@ _CARDS = (1, 2, 4, 8)
 @click.option("--cards", type=click.Choice([str(n) for n in _CARDS]), help="how many cards share the model")
 @click.option("--context", type=click.IntRange(min=1), help="longest prompt plus answer [default: the model's limit]")
 def command(
-    model: str, dtype: str, kv_cache_dtype: str, memory: str | None, cards: str | None, context: int | None
+    model: str,
+    dtype: str,
+    quantization: str,
+    kv_cache_dtype: str,
+    memory: str | None,
+    cards: str | None,
+    context: int | None,
 ) -> None:
     """Say what the folder MODEL needs in memory, before anything is loaded (config.json is enough).
 
@@ -45,13 +61,15 @@ def command(
     Examples:
       glm4 plan /path/hf_dir
       glm4 plan /path/hf_dir --memory 59GB --cards 2
+      glm4 plan /path/hf_dir --memory 8GB --quantization int4
     """
     from rich.console import Console
 
-    config = _read_config(model)
+    config, layouts = _read_config(model, quantization)
     context = _checked_context(context, config)
     limit = _size(memory or "100%")
-    plan = MemoryPlan.of(config, EngineOptions(kv_cache_dtype=kv_cache_dtype), dtype, context)
+    options = EngineOptions(kv_cache_dtype=kv_cache_dtype, quantization=quantization)
+    plan = MemoryPlan.of(config, options, dtype, context, layouts=layouts)
     console = Console(highlight=False)
     console.print(_needs(plan, model))
     console.print(_fits(plan))
@@ -67,12 +85,16 @@ def _size(memory: str) -> int:
     return memory_limit(asked, _free_memory()) if isinstance(asked, float) else asked
 
 
-def _read_config(model: str) -> Glm4Config:
+def _read_config(model: str, quantization: str) -> tuple[Glm4Config, dict[str, Layout]]:
+    """The model's shape, and the weights that will be held in 4 or 8 bits."""
     from glm4.checkpoint.folder import ModelFolder
     from glm4.model.configuration_glm4 import Glm4Config
+    from glm4.quantization.weights import expected_layouts, read_format
 
     folder = ModelFolder.open(model)
-    return Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
+    values, file = folder.read_json("config.json"), folder.path / "config.json"
+    config = Glm4Config.from_dict(values, str(file))
+    return config, expected_layouts(read_format(values, file), shapes_of(config), quantization)
 
 
 def _checked_context(context: int | None, config: Glm4Config) -> int:
@@ -95,7 +117,7 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
     table = Table(title=escape(model), show_header=False, title_justify="left")
     rows = {
         "parameters": f"{_count(plan.num_parameters)}, {config.num_hidden_layers} layers",
-        "weights": ", ".join(f"{gib(replace(plan, dtype=name).weights)} in {name}" for name in DTYPES[1:]),
+        "weights": ", ".join(f"{gib(choice.weights)} in {choice.weight_format}" for choice in _weight_choices(plan)),
         "KV cache": f"{gib(plan.kv_per_token * 1024)} per 1,024 tokens, "
         f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.kv_dtype})",
         "workspace": f"{gib(plan.workspace)} for steps of {plan.max_batch_tokens:,} tokens",
@@ -106,6 +128,15 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
     return table
 
 
+def _weight_choices(plan: MemoryPlan) -> list[MemoryPlan]:
+    """The number formats that weights could be held in; those that are stored quantised stay as they are."""
+    if plan.layouts and plan.quantization == "none":
+        return [plan]
+    shapes = shapes_of(plan.config)
+    rounded = [replace(plan, layouts=chosen_layouts(shapes, name)) for name in QUANTIZATIONS[1:]]
+    return [*(replace(plan, dtype=name, layouts={}) for name in DTYPES[1:]), *rounded]
+
+
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
@@ -113,7 +144,7 @@ def _count(number: int) -> str:
 def _fits(plan: MemoryPlan) -> Table:
     from rich.table import Table
 
-    formats = plan.dtype if plan.kv_dtype == plan.dtype else f"{plan.dtype}, KV {plan.kv_dtype}"
+    formats = plan.weight_format if plan.kv_dtype == plan.weight_format else f"{plan.weight_format}, KV {plan.kv_dtype}"
     table = Table(title=f"tokens that the KV cache holds, {formats} (– : does not fit)", title_justify="left")
     table.add_column("memory of a card")
     for cards in _CARDS:

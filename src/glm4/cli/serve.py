@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, fields
@@ -48,17 +49,20 @@ def command(model: str | None, config: str | None, **flags: Any) -> None:
     if not engine.model:
         raise OptionError("no model: give its folder with -m DIR, or set GLM4_MODEL (demo/glm4-demo is a tiny one)")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    asyncio.run(_serve(engine, server))
+    from glm4.server.run import take_address
+
+    with take_address(server) as listener:
+        asyncio.run(_serve(engine, server, listener))
 
 
-async def _serve(engine: EngineOptions, server: ServerOptions) -> None:
+async def _serve(engine: EngineOptions, server: ServerOptions, listener: socket.socket) -> None:
     from glm4.engine.async_llm import AsyncLLM
     from glm4.server.run import serve
 
     with loading_bar() as on_load:
         llm = await AsyncLLM(engine, on_load=on_load).start()
     try:
-        await serve(llm, server)
+        await serve(llm, server, listener)
     finally:
         await llm.shutdown()
 

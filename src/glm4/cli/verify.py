@@ -2,6 +2,8 @@
 
 The levels are those of MindSpore Transformers. A program can earn two of them by itself: Validated (the numbers
 agree with the reference) and Preliminary (it runs, but they do not).
+
+Quantised weights are other weights, so they earn no level: what is said then is how far the words move.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glm4.errors import OptionError
-from glm4.options import DTYPES, SamplingParams
+from glm4.options import DTYPES, QUANTIZATIONS, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,41 +84,82 @@ class Comparison:
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True, help="number format")
 @click.option("--device", default="cpu", show_default=True, help="where our side runs; the reference runs on the CPU")
 @click.option("--tokens", type=click.IntRange(1, 512), default=32, show_default=True, help="greedy tokens per prompt")
+@click.option(
+    "--quantization",
+    type=click.Choice(QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="say what it costs to round the weights so",
+)
+@click.option(
+    "--against", type=click.Path(), metavar="DIR", help="say what MODEL's weights cost that were quantised from these"
+)
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="use this prompt instead (repeatable)")
-def command(model: str, dtype: str, device: str, tokens: int, prompts: tuple[str, ...]) -> None:
+def command(
+    model: str,
+    dtype: str,
+    device: str,
+    tokens: int,
+    quantization: str,
+    against: str | None,
+    prompts: tuple[str, ...],
+) -> None:
     """Compare the folder MODEL here with transformers (needs `pip install 'transformers>=5'`).
 
-    One model is in memory at a time. Leaves with 0 when it is Validated and 1 when it is not.
+    One model is in memory at a time. Leaves with 0 when it is Validated and 1 when it is not. With --quantization or
+    --against it says how far the original's words move instead, and leaves with 0.
 
     \b
     Examples:
       glm4 verify /path/hf_dir --dtype float32
       glm4 verify /path/hf_dir --dtype bfloat16 --tokens 64
+      glm4 verify /path/hf_dir --quantization int4
+      glm4 verify /path/hf_dir-int4 --against /path/hf_dir
     """
     if importlib.util.find_spec("transformers") is None:
         raise OptionError("verify compares with transformers, which is not installed: pip install 'transformers>=5'")
+    original = _original(model, against)
     click.echo("running here …", err=True)
-    ids, ours, our_answers, unknown = _run_ours(model, dtype, device, tokens, prompts or _QUESTIONS)
+    options = {"dtype": dtype, "device": device, "quantization": quantization}
+    ids, ours, our_answers, unknown = _run_ours(model, options, tokens, prompts or _QUESTIONS)
     gc.collect()
     click.echo("running transformers …", err=True)
-    theirs = _Reference(model, dtype, unknown)
+    theirs = _Reference(original, dtype, unknown)
+    if against or quantization != "none":
+        _report_cost(model, quantization, original, dtype, cost(ours, our_answers, ids, theirs))
+        return
+    ours = [logits[: len(prompt)] for logits, prompt in zip(ours, ids, strict=True)]
     comparison = compare(ours, our_answers, ids, theirs, BOUNDS[dtype].margin)
     _report(model, dtype, comparison, sum(map(len, ids)))
     raise click.exceptions.Exit(0 if comparison.aligned(BOUNDS[dtype]) else 1)
 
 
+def _original(model: str, against: str | None) -> str:
+    """The folder that transformers reads. Raises OptionError for one whose weights are quantised."""
+    from glm4.checkpoint.folder import ModelFolder
+    from glm4.quantization.weights import read_format
+
+    original = against or model
+    folder = ModelFolder.open(original)
+    if read_format(folder.read_json("config.json"), folder.path / "config.json") is None:
+        return original
+    if against:
+        raise OptionError(f"--against {against}: its weights are quantised, too; name the bfloat16 folder")
+    raise OptionError(f"{model}: its weights are quantised; name the folder they were made from with --against DIR")
+
+
 def _run_ours(
-    model: str, dtype: str, device: str, tokens: int, prompts: tuple[str, ...]
+    model: str, options: dict[str, Any], tokens: int, prompts: tuple[str, ...]
 ) -> tuple[list[list[int]], list[Tensor], list[list[int]], list[int]]:
-    """Prompt ids, their logits, greedy answers, and the ids that no tokenizer knows."""
+    """Prompt ids, logits of prompt and answer, greedy answers, and the ids that no tokenizer knows."""
     from glm4.engine.llm import LLM
 
-    llm = LLM(model, dtype=dtype, device=device)
+    llm = LLM(model, **options)
     ids = [_encode(llm, prompt) for prompt in prompts]
-    logits = [sequence_logits(llm, prompt) for prompt in ids]
     outputs = llm.generate(ids, SamplingParams(do_sample=False, max_new_tokens=tokens, ignore_eos=True))
-    unknown = llm.tokenizer.unknown_ids(llm.config.vocab_size)
-    return ids, logits, [output.token_ids for output in outputs], unknown
+    answers = [output.token_ids for output in outputs]
+    logits = [sequence_logits(llm, prompt + answer) for prompt, answer in zip(ids, answers, strict=True)]
+    return ids, logits, answers, llm.tokenizer.unknown_ids(llm.config.vocab_size)
 
 
 def _encode(llm: LLM, prompt: str) -> list[int]:
@@ -198,6 +241,40 @@ def compare(
         greedy_equal=equal,
         greedy_total=len(ids),
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How far quantised weights move the original's words, over every position of prompts and greedy answers."""
+
+    positions: int
+    kl: float
+    """Nats, mean: of the original's distribution relative to the quantised model's."""
+    worst_kl: float
+    top1: float
+    """Share of positions with the same best token."""
+
+
+def cost(ours: list[Tensor], our_answers: list[list[int]], ids: list[list[int]], theirs: Any) -> Cost:
+    """Compare the quantised model's logits, of each prompt with its answer, with those of the original."""
+    import torch
+
+    divergences, same = [], []
+    for mine, answer, prompt in zip(ours, our_answers, ids, strict=True):
+        reference = theirs.logits(prompt + answer)
+        log_p, log_q = reference.double().log_softmax(-1), mine.double().log_softmax(-1)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        same.append(mine.argmax(-1) == reference.argmax(-1))
+    every, agrees = torch.cat(divergences), torch.cat(same)
+    return Cost(len(every), float(every.mean()), float(every.max()), float(agrees.double().mean()))
+
+
+def _report_cost(model: str, quantization: str, original: str, dtype: str, found: Cost) -> None:
+    what = model if quantization == "none" else f"{model} in {quantization}"
+    click.echo(f"{what}, {found.positions} positions, against {original} in {dtype}:")
+    click.echo(f"  {'KL divergence, mean':<38} {found.kl:>14.2e}")
+    click.echo(f"  {'KL divergence, worst position':<38} {found.worst_kl:>14.2e}")
+    click.echo(f"  {'same best token':<38} {found.top1:>14.2%}")
 
 
 def _margins(logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from glm4.engine.beam_search import BeamSearch, check_beam_params
 from glm4.engine.constraints import Constraints
 from glm4.engine.kv_cache import BlockPool
+from glm4.engine.pace import Pace
 from glm4.engine.request import FinishReason, Reading, Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
 from glm4.engine.speculative import Drafter, PromptLookup, Speculator
@@ -70,6 +71,7 @@ class Engine:
             )
         raisable = options.max_model_len is not None and self.max_model_len == options.max_model_len
         self._longer = ", or raise the limit (max_model_len, max_length in the YAML)" if raisable else ""
+        self._pace = Pace(options.step_stretch) if options.step_stretch is not None else None
         self.constraints = Constraints(tokenizer, runner.vocab_size, self.eos_token_ids)
         self.stats = EngineStats()
         self.failures: list[Exception] = []
@@ -165,14 +167,18 @@ class Engine:
             running = [request for request in self.scheduler.running if not request.is_beam]
             self.speculator.prepare(running)
             self.constraints.cut_drafts(running)
-        plan = self.scheduler.plan()
+        answering = any(request.num_pending == 1 for request in self.scheduler.running)
+        plan = self.scheduler.plan(self._pace.chunk if self._pace is not None and answering else None)
         started = time.perf_counter()
         try:
             result = self.runner.execute(replace(plan, grammar_masks=self.constraints.masks(plan)))
         except Exception as error:
             return self._fail_step(plan, error)
         self.failures.clear()
-        self.stats.count(plan, result, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.stats.count(plan, result, seconds)
+        if self._pace is not None and answering:
+            self._pace.learn(sum(len(step.token_ids) for step in plan.requests if step.catches_up), seconds)
         failed = {id: each.error for id, each in result.results.items() if each.error is not None}
         outputs = self._fail(failed)
         result = StepResult({id: each for id, each in result.results.items() if id not in failed})

@@ -88,7 +88,7 @@ class LLM:
         max_len = _max_model_len(options, config)
         draft = open_draft(options.speculative_model, folder, self.tokenizer) if options.speculative_model else None
         weights = Weights(checkpoint, shapes_of(config), options.quantization)
-        plan = MemoryPlan.of(
+        self.plan = plan = MemoryPlan.of(
             config, options, str(dtype).removeprefix("torch."), max_len,
             draft=draft and draft[1], layouts=weights.layouts,
         )  # fmt: skip

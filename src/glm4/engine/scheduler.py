@@ -59,20 +59,26 @@ class Scheduler:
             )
         bisect.insort(self.waiting, request, key=_order)
 
-    def plan(self) -> StepPlan:
-        """The next step, and the requests' new block tables."""
+    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan:
+        """The next step, and the requests' new block tables.
+
+        max_prompt_tokens: those of requests that have more than one to catch up on, so that the others need not wait.
+        """
         budget = self.max_batch_tokens
+        prompt_budget = budget if max_prompt_tokens is None else max_prompt_tokens
         steps: list[RequestStep] = []
         for request in list(self.running):
             # One that is no longer running has lost its blocks to one before it.
             if budget == 0 or request.is_paused or not request.is_running:
                 continue
-            count = min(request.num_pending + len(request.draft_token_ids), budget)
-            if self._make_room(request, count):
+            is_answering = request.num_pending == 1
+            count = min(request.num_pending + len(request.draft_token_ids), budget if is_answering else prompt_budget)
+            if count and self._make_room(request, count):
                 steps.append(self._step(request, count))
                 budget -= count
+                prompt_budget = min(budget, prompt_budget - count * (not is_answering))
         place = 0
-        while place < len(self.waiting) and budget > 0 and len(self.running) < self.max_batch_requests:
+        while place < len(self.waiting) and prompt_budget > 0 and len(self.running) < self.max_batch_requests:
             request = self.waiting[place]
             if request.is_paused:
                 place += 1
@@ -82,13 +88,13 @@ class Scheduler:
             del self.waiting[place]
             request.is_running = True
             bisect.insort(self.running, request, key=_order)
-            count = min(request.num_pending, budget)
+            count = min(request.num_pending, prompt_budget)
             request.block_ids += self.pool.take(self._missing_blocks(request, count))
             steps.append(self._step(request, count))
-            budget -= count
+            prompt_budget -= count
         if not steps and self.running and not all(request.is_paused for request in self.waiting):
             self._preempt(self.running[-1])  # only paused ones run, and what they wait for has no room beside them
-            return self.plan()
+            return self.plan(max_prompt_tokens)
         finished, self._finished_ids = self._finished_ids, []
         copies, self._block_copies = self._block_copies, []
         return StepPlan(steps, copies, finished)

@@ -14,23 +14,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Protocol
 
 from glm4.engine.kv_cache import BlockPool
 from glm4.engine.request import Request
 from glm4.engine.step import RequestStep, StepPlan, StepResult
 
-_SHARE = 0.03
-"""What may be lost to drafts that do not pay, of all time; the other 2 % of the promised 5 are for noise."""
-_FIRST_CREDIT = 2.0
+_SHARE = 0.02
+"""What may be lost to drafts that do not pay, of all time; the rest of the promised 5 % is for what
+the engine begins with, for noise, and for keeping the books."""
+_FIRST_CREDIT = 1.0
 _MOST_CREDIT = 8.0
 """Tokens' worth of time that a request may lose before it rests: at first, and after drafts that paid well."""
 _WAKING_CREDIT = 1.0
 """A resting request drafts again when it has saved up this much."""
 _MOST_SAVINGS = 64
 """Steps' worth of past savings that may be spent on trials, so that good times do not pay for endless bad ones."""
-_FIRST_COUNT = 2
+_FIRST_COUNT = 1
 
 log = logging.getLogger("glm4")
 
@@ -111,9 +112,9 @@ class _PlainSteps:
         self._seconds.setdefault(num_requests, deque(maxlen=5)).append(seconds)
         self._measured_at[num_requests] = self._num_steps
 
-    def seconds(self, num_requests: int) -> float | None:
+    def seconds(self, num_requests: int) -> float:
         known = self._seconds.get(num_requests)
-        return median(known) if known else None
+        return median(known) if known else 0.0
 
 
 @dataclass(slots=True)
@@ -127,16 +128,11 @@ class _Account:
     fresh: bool = True
     """No drafts yet, or none since it rested: the drafter has much to catch up on."""
 
-    def judge(self, drafted: int, confirmed: int, price: float) -> float:
-        """What `drafted` tokens earned. Longer guesses after one that was wholly right, shorter ones otherwise.
-
-        The first guess is free: what it cost is not known by itself.
-        """
-        self.count = drafted + 2 if confirmed == drafted else confirmed + 1
-        earned = confirmed - (0.0 if self.fresh else price * drafted)
+    def judge(self, drafted: int, confirmed: int, price: float) -> None:
+        """Longer guesses after one that was wholly right, shorter ones otherwise."""
+        self.count = drafted + 1 if confirmed == drafted else confirmed + 1
         self.fresh = False
-        self.earn(earned)
-        return earned
+        self.earn(confirmed - price * drafted)
 
     def earn(self, tokens: float) -> None:
         self.credit = min(self.credit + tokens, _MOST_CREDIT)
@@ -150,11 +146,12 @@ class _Account:
 class Speculator:
     """Asks a drafter for drafts where they pay.
 
-    The cost of a draft is measured against steps without drafts: the time it takes to guess it and to compute one more
-    row. A request spends credit on its drafts and earns it with confirmed ones; without credit it rests. Every token
-    earns `_SHARE` of its time besides, so a resting request is tried again, and no request loses more than that share
-    and what it began with. Beginning costs more, for a draft model has the prompt to read: requests begin only while
-    the engine as a whole is not in debt, by the same rule.
+    What a draft costs is measured against steps without drafts: the time to guess it, and to compute one more row. A
+    request spends credit on its drafts and earns it with confirmed ones; without credit it rests. Every token earns
+    `_SHARE` of its time besides, so a resting request is tried again, and what is lost stays within that share and the
+    credit at the beginning. All requests together have such an account, too, for guessing takes a draft model as long
+    for one as for many. Beginning costs more, because a draft model has the prompt to read: requests begin only while
+    `balance`, which counts every second, is not in debt.
     """
 
     def __init__(
@@ -177,8 +174,14 @@ class Speculator:
         self._drafting: set[int] = set()
         """Requests for which the drafter keeps something."""
         self._plain = _PlainSteps()
-        self._prices: deque[float] = deque(maxlen=15)
-        """What a draft cost lately, in tokens' worth of time."""
+        self._together = _Account()
+        """How all fare together, in steps' worth of time: guessing for one takes as long as guessing for all."""
+        self._guessing = 0.0
+        """What it cost to guess a token for all of them when it was last measured, in steps' worth of time."""
+        self._confirming: deque[float] = deque(maxlen=15)
+        """What it cost lately to compute a draft's row, in tokens' worth of time."""
+        self._begins = False
+        """A request is guessed for that the drafter has not read yet, which takes longer."""
         self._proposed: dict[int, int] = {}
         """Drafts of the step at hand; some may be cut before it, which is as bad as being wrong."""
         self._prepared_at = self._spent = 0.0
@@ -199,36 +202,42 @@ class Speculator:
                 self._broken, proposed = True, []
             for (request, _), drafts in zip(wanted, proposed, strict=not self._broken):
                 request.draft_token_ids = drafts
-            self._proposed = {request.request_id: len(request.draft_token_ids) for request, _ in wanted}
+            self._proposed = {r.request_id: len(r.draft_token_ids) for r, _ in wanted if r.draft_token_ids}
+            self._begins = any(self._accounts[request.request_id].fresh for request, _ in wanted)
         self._prepared_at = self.clock()
         self._spent = self._prepared_at - started
 
     def _wanted(self, running: Sequence[Request]) -> list[tuple[Request, int]]:
         """Requests to guess for, and how many tokens; none while a prompt is computed, which hides what drafts cost."""
-        if not running or any(request.num_pending > 1 for request in running) or self._plain.is_due(len(running)):
+        if self._plain.is_due(len(running)) or any(request.num_pending > 1 for request in running):
+            return []
+        if self._together.resting:
             return []
         room = self.max_batch_tokens - len(running)
-        free = self.pool.num_free - sum(self._missing_blocks(request, 1) for request in running)
+        free = self.pool.num_free - len(running)  # a token of each may begin a block
         wanted = []
         for request in running:
             account = self._accounts.setdefault(request.request_id, _Account())
             if account.resting or (account.fresh and self.balance < 0):
                 continue
-            count = min(account.count, self.count, request.max_len - len(request.token_ids) - 1, room)
-            missing = self._missing_blocks(request, 1 + count) - self._missing_blocks(request, 1)
+            length = len(request.token_ids)
+            count = min(account.count, self.count, request.max_len - length - 1, room)
+            missing = self.pool.blocks_for(length + count) - self.pool.blocks_for(length)
             if count > 0 and missing <= free:
                 wanted.append((request, count))
                 room -= count
                 free -= missing
         return wanted
 
-    def _missing_blocks(self, request: Request, count: int) -> int:
-        return max(0, self.pool.blocks_for(request.num_computed + count) - len(request.block_ids))
-
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """Take in which drafts of `plan` were confirmed, and what they cost."""
-        share = self._measure(plan.requests, self.clock() - self._prepared_at)
-        price = max(0.0, median(self._prices)) if self._prices else 0.0
+        seconds = self.clock() - self._prepared_at
+        self.balance += _SHARE * seconds
+        share = self._share(plan.requests, seconds)
+        num_requests = len(plan.requests)
+        extra = self._extra(seconds / share - num_requests, num_requests) if share else 0.0
+        price = self._guessing + self._confirming_price()
+        right = 0
         for step in plan.requests:
             if not step.logits_at or step.request_id not in result.results:
                 continue
@@ -236,34 +245,49 @@ class Speculator:
             confirmed = len(result.results[step.request_id].token_ids) - 1
             account.earn(_SHARE * (1 + confirmed))
             if drafted := self._proposed.get(step.request_id, 0):
+                account.judge(drafted, confirmed, price)
                 self.drafted += drafted
-                self.confirmed += confirmed
-                self.balance += share * account.judge(drafted, confirmed, price)
-        if share:
-            self.balance = min(self.balance, _MOST_SAVINGS * share * len(plan.requests))
+                right += confirmed
+        self.confirmed += right
+        self._settle(share, num_requests, right - extra)
 
-    def _measure(self, steps: Sequence[RequestStep], seconds: float) -> float:
-        """Take in how long a step took; the seconds that each token of it would take without drafts, 0 if unknown."""
-        self.balance += _SHARE * seconds
-        if not all(step.start > 0 and step.logits_at[:1] == [0] for step in steps):  # a prompt is among them
-            self.balance -= self._spent
-            return 0.0
-        num_drafts = sum(self._proposed.values())
-        if not num_drafts:
+    def _share(self, steps: Sequence[RequestStep], seconds: float) -> float:
+        """Seconds that each token of this step would take without drafts; 0 where that is not known."""
+        if not steps or not all(step.start > 0 and step.logits_at[:1] == [0] for step in steps):
+            return 0.0  # a prompt is among them
+        if not self._proposed:
             self._plain.add(len(steps), seconds)
-        plain = self._plain.seconds(len(steps))
-        if not plain:
-            return 0.0
-        cost = self._spent + (seconds - plain if num_drafts else 0.0)
-        if num_drafts and not self._has_fresh():
-            self._prices.append(cost / num_drafts * len(steps) / plain)  # which the accounts pay
-        else:
-            self.balance -= min(cost, self._spent + plain)  # a step may be slow for other reasons
-        return plain / len(steps)
+        return self._plain.seconds(len(steps)) / len(steps)
 
-    def _has_fresh(self) -> bool:
-        """Some drafts are a request's first, for which the drafter had much to catch up on."""
-        return any(self._accounts[request_id].fresh for request_id, count in self._proposed.items() if count)
+    def _extra(self, tokens: float, num_requests: int) -> float:
+        """What computing the drafts' rows cost, where this step took `tokens`' worth of time longer than without.
+
+        A mean, for some numbers of rows need another kernel and cost much more than others. But steps are slow for
+        other reasons, too, so that none counts more than double.
+        """
+        num_drafts = sum(self._proposed.values())
+        if num_drafts:
+            self._confirming.append(min(tokens, num_requests) / num_drafts)
+        return num_drafts * self._confirming_price()
+
+    def _confirming_price(self) -> float:
+        """Never below 0: a row more makes no step faster."""
+        return max(0.0, fmean(self._confirming)) if self._confirming else 0.0
+
+    def _settle(self, share: float, num_requests: int, earned: float) -> None:
+        """Book what the drafts earned all requests together, in tokens' worth of time, but for guessing them."""
+        self.balance += share * earned - self._spent
+        if not share:
+            return
+        plain = share * num_requests
+        self.balance = min(self.balance, _MOST_SAVINGS * plain)
+        self._together.earn(_SHARE)
+        if self._proposed and not self._begins:
+            self._guessing = self._spent / max(self._proposed.values()) / plain
+            self._together.earn(earned / num_requests - self._spent / plain)
+            if self._together.resting:
+                for account in self._accounts.values():
+                    account.fresh = True
 
     def forget(self, request_ids: Sequence[int]) -> None:
         """Drop what is kept for ended requests."""

@@ -40,6 +40,11 @@ class RequestStep:
     prompt_len: int = 0
     """Sent with `sampling`: how many of the request's tokens are its prompt (penalties tell them apart)."""
 
+    @property
+    def catches_up(self) -> bool:
+        """More than the one token that an answer grew by last, and its drafts."""
+        return len(self.token_ids) - len(self.draft_token_ids) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

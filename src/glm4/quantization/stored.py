@@ -142,10 +142,9 @@ def scale_floats(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
     scales: float [⌈out / rows⌉, ⌈in / columns⌉].
     """
     row_of, column_of = (torch.arange(size) // step for size, step in zip(weight.shape, block, strict=True))
-    wide = scales.float()[:, column_of]
 
     def rows(part: slice) -> Tensor:
-        return weight[part].float() * wide[row_of[part]]
+        return weight[part].float() * scales[row_of[part]].float()[:, column_of]
 
     return _by_rows(rows, *weight.shape)
 

@@ -131,11 +131,12 @@ class Weights:
                     dtypes[name] = FLOATS
                 continue
             for full_name, part in self._parts(name):
-                found = self._checkpoint.info(full_name).shape if self._has(full_name) else None
-                if found is None and part.optional:
-                    continue
-                expected[full_name] = found if found in part.shapes and found is not None else part.shapes[0]
                 dtypes[full_name] = part.dtypes
+                if self._has(full_name):
+                    found = self._checkpoint.info(full_name).shape
+                    expected[full_name] = found if found in part.shapes else part.shapes[0]
+                elif not part.optional:
+                    expected[full_name] = part.shapes[0]
         self._checkpoint.check(expected, dtypes)
 
     def read(self, name: str) -> Tensor | QuantizedWeight:
@@ -148,11 +149,12 @@ class Weights:
             weight = self._stored(name)
             if layout is not None and isinstance(weight, Tensor):
                 weight = quantize(weight, layout)
-                self.release(name)
         except ValueError as error:
             raise CheckpointError(
                 f"{self._checkpoint.folder.path}: weight {name!r} {error}: the folder is damaged, fetch it again"
             ) from error
+        if layout is not None or name in self._quantized:  # most of these are copies; of views, pages are read again
+            self.release(name)
         return weight
 
     def release(self, name: str) -> None:

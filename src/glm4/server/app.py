@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +14,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from glm4.api.chat_completions import ChatCompletionBody
+from glm4.api.completions import CompletionBody
+from glm4.api.embeddings import EmbeddingsBody
+from glm4.api.messages import CountTokensBody, MessagesBody
+from glm4.api.responses import ResponsesBody
 from glm4.engine.async_llm import AsyncLLM
 from glm4.errors import Glm4Error
 from glm4.options import ServerOptions
@@ -21,8 +27,9 @@ from glm4.server.errors import HttpError, respond
 from glm4.server.gate import Gate
 from glm4.server.metrics import Metrics
 from glm4.server.openai import OpenAIEndpoints
+from glm4.server.openapi import Description, Operation
 from glm4.server.service import Service
-from glm4.server.tokens import OwnEndpoints
+from glm4.server.tokens import DetokenizeBody, OwnEndpoints, TokenizeBody
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -31,28 +38,43 @@ def create_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
     """The application that serves `llm`, which has been started. Raises OptionError for a bad file of keys."""
     metrics = Metrics()
     service = Service(llm, options, metrics)
-    openai, anthropic, own = OpenAIEndpoints(service), AnthropicEndpoints(service), OwnEndpoints(service)
-    endpoints: list[tuple[str, str, Endpoint]] = [
-        ("POST", "/v1/chat/completions", openai.chat_completions),
-        ("POST", "/v1/completions", openai.completions),
-        ("POST", "/v1/responses", openai.responses),
-        ("POST", "/v1/embeddings", openai.embeddings),
-        ("POST", "/v1/messages", anthropic.messages),
-        ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
-        ("GET", "/v1/models", openai.models),
-        ("GET", "/v1/models/{model:path}", openai.model),
-        ("POST", "/tokenize", own.tokenize),
-        ("POST", "/detokenize", own.detokenize),
-        ("GET", "/health", own.health),
-        ("GET", "/health/live", own.alive),
-        ("GET", "/metrics", own.metrics),
-    ]
+    endpoints = _endpoints(service)
+    description = Description([operation for operation, _ in endpoints])
+    routes = [Route(each.path, endpoint, methods=[each.method]) for each, endpoint in endpoints]
+    routes += [Route("/openapi.json", description.openapi), Route("/docs", description.docs)]
     handlers: dict[Any, Any] = dict.fromkeys((HttpError, Glm4Error, HTTPException, Exception), respond)
-    app: ASGIApp = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in endpoints],
-        exception_handlers=handlers,
-    )
-    app = Gate(app, options, metrics, [path for _, path, _ in endpoints])
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+    app = Gate(app, options, metrics, [route.path for route in routes])
     if options.cors_origins:
         app = CORSMiddleware(app, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+def _endpoints(service: Service) -> list[tuple[Operation, Endpoint]]:
+    openai, anthropic, own = OpenAIEndpoints(service), AnthropicEndpoints(service), OwnEndpoints(service)
+
+    def get(path: str, endpoint: Endpoint, **more: Any) -> tuple[Operation, Endpoint]:
+        return Operation("GET", path, _summary(endpoint), **more), endpoint
+
+    def post(path: str, endpoint: Endpoint, body: type[Struct], streams: bool = False) -> tuple[Operation, Endpoint]:
+        return Operation("POST", path, _summary(endpoint), body, streams=streams), endpoint
+
+    return [
+        post("/v1/chat/completions", openai.chat_completions, ChatCompletionBody, streams=True),
+        post("/v1/completions", openai.completions, CompletionBody, streams=True),
+        post("/v1/responses", openai.responses, ResponsesBody, streams=True),
+        post("/v1/embeddings", openai.embeddings, EmbeddingsBody),
+        post("/v1/messages", anthropic.messages, MessagesBody, streams=True),
+        post("/v1/messages/count_tokens", anthropic.count_tokens, CountTokensBody),
+        get("/v1/models", openai.models),
+        get("/v1/models/{model:path}", openai.model),
+        post("/tokenize", own.tokenize, TokenizeBody),
+        post("/detokenize", own.detokenize, DetokenizeBody),
+        get("/health", own.health),
+        get("/health/live", own.alive),
+        get("/metrics", own.metrics, media_type="text/plain"),
+    ]
+
+
+def _summary(endpoint: Endpoint) -> str:
+    return (endpoint.__doc__ or "").partition("\n")[0]

@@ -36,7 +36,7 @@ class Gate:
         """`paths` are the application's; all others are counted as one. Raises OptionError for a bad key file."""
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
         self._max_body, self._log_prompts = options.max_body, options.log_prompts
-        self._keys = [_digest(key) for key in (*options.api_key, *_keys_in(options.api_key_file))]
+        self._keys = [_digest(key) for key in read_keys(options)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -112,14 +112,16 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _keys_in(file: str | None) -> list[str]:
+def read_keys(options: ServerOptions) -> list[str]:
+    """Every key that opens the server. Raises OptionError for a file that cannot be used."""
+    file = options.api_key_file
     if file is None:
-        return []
+        return list(options.api_key)
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"api_key_file: {file} cannot be read: {error}") from error
+        raise OptionError(f"api_key_file: {file} cannot be read ({error}): give a text file") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise OptionError(f"api_key_file: {file} holds no key: write one a line")
-    return keys
+    return [*options.api_key, *keys]

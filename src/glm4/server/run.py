@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import ssl
 import sys
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -15,6 +17,7 @@ from glm4.engine.async_llm import AsyncLLM
 from glm4.errors import EngineError, OptionError
 from glm4.options import ServerOptions
 from glm4.server.app import create_app
+from glm4.server.gate import read_keys
 
 log = logging.getLogger("glm4.server")
 
@@ -57,16 +60,44 @@ class _Server(uvicorn.Server):
         return f"{'https' if self.config.is_ssl else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def serve(llm: AsyncLLM, options: ServerOptions) -> None:
+def take_address(options: ServerOptions) -> socket.socket:
+    """The socket to listen on, and a look at the files of keys and certificates: before a model is loaded.
+
+    Raises OptionError for an address that cannot be had, and files that cannot be used.
+    """
+    read_keys(options)
+    if options.tls_cert is not None:
+        _check_certificate(options.tls_cert, options.tls_key)
+    where = f"{options.host}:{options.port}"
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OptionError(f"{where}: {error.strerror or error}; choose another --host or --port") from error
+    return listener
+
+
+def _check_certificate(cert: str, key: str | None) -> None:
+    for file in filter(None, (cert, key)):
+        if not Path(file).is_file():
+            raise OptionError(f"{file} is no file: give --tls-cert and --tls-key the certificate and its key")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:
+        raise OptionError(f"{cert} and {key} are no certificate and its key: {error.strerror}") from error
+
+
+async def serve(llm: AsyncLLM, options: ServerOptions, listener: socket.socket) -> None:
     """Serve a started `llm` until SIGTERM or SIGINT, then finish what runs. Raises KeyboardInterrupt after SIGINT.
 
-    Raises OptionError for an address that cannot be had, and files of keys and certificates that cannot be used;
-    EngineError when the engine has died for good.
+    Raises EngineError when the engine has died for good.
     """
     config = uvicorn.Config(
         create_app(llm, options),
-        host=options.host,
-        port=options.port,
         lifespan="off",
         access_log=False,
         log_config=None,
@@ -81,15 +112,7 @@ async def serve(llm: AsyncLLM, options: ServerOptions) -> None:
         log.warning("anyone who reaches %s can use this server: set GLM4_API_KEY or --api-key-file", options.host)
     watcher = asyncio.create_task(_watch(server, llm))
     try:
-        await server.serve()
-    except ssl.SSLError as error:
-        raise OptionError(f"tls_cert and tls_key do not hold a certificate and its key: {error}") from error
-    except OSError as error:
-        raise OptionError(f"tls_cert or tls_key: {error.filename}: {error.strerror}") from error
-    except SystemExit as error:  # uvicorn's way to say that it cannot listen, after it has logged why
-        raise OptionError(
-            f"{options.host}:{options.port} cannot be listened on: choose another --port or --host"
-        ) from error
+        await server.serve([listener])
     finally:
         watcher.cancel()
     if llm.health == "dead":

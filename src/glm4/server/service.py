@@ -15,7 +15,7 @@ from glm4.api.chat import ChatRequest
 from glm4.api.openai import Head
 from glm4.engine.async_llm import AsyncLLM
 from glm4.engine.request import RequestOutput
-from glm4.errors import EngineError, Glm4Error, OptionError
+from glm4.errors import EngineError, OptionError
 from glm4.options import SamplingParams, ServerOptions
 from glm4.server.errors import HttpError
 from glm4.server.metrics import Metrics
@@ -123,16 +123,17 @@ class Service:
         """The vector of each prompt. Raises HttpError when there is no room or no time."""
         self._refuse_if_full(len(prompts))
         self._open += len(prompts)
+        tasks = [asyncio.create_task(self.llm.embed(prompt)) for prompt in prompts]
         try:
-            async with asyncio.timeout(self.options.request_timeout), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.llm.embed(prompt)) for prompt in prompts]
+            async with asyncio.timeout(self.options.request_timeout):
+                return await asyncio.gather(*tasks)
         except TimeoutError as error:
             raise self._too_slow() from error
-        except* Glm4Error as errors:
-            raise errors.exceptions[0] from errors
         finally:
             self._open -= len(prompts)
-        return [task.result() for task in tasks]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _too_slow(self) -> HttpError:
         limit = self.options.request_timeout

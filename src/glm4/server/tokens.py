@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from glm4.api.bodies import read_body
+from glm4.api.bodies import Messages, read_body
 from glm4.api.chat import ChatRequest, ToolUse
 from glm4.errors import OptionError
 from glm4.options import SamplingParams
@@ -22,7 +22,7 @@ class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, Any]] | None = None
 
 

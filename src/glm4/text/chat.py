@@ -102,7 +102,7 @@ class ChatTemplate:
         tokens = [] if allow_control_tokens else self._control_tokens(tokenizer)
         prompt, typed = self._prompt(messages, tools, add_generation_prompt, tokens)
         if add_generation_prompt and not thinking and self.thinks:
-            prompt += f"\n\n{END_THINK}"
+            prompt += f"\n{END_THINK}\n"
         ids: list[int] = []
         for piece in typed.split(prompt):
             token = typed.token_of.get(piece)

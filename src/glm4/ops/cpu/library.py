@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from glm4.errors import OptionError
 
 ABI_VERSION = 1
 ISA_VARIABLE = "GLM4_CPU_ISA"
+LIBRARY_VARIABLE = "GLM4_CPU_LIBRARY"
+"""Names a library to load instead of the installed one: another build, such as csrc/sanitize.sh makes."""
 ISAS = ("plain", "avx2", "avx512vnni", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The number formats of activations, as the kernels count them."""
 
-_PATH = Path(__file__).with_name("_kernels.so")
+_MODULE = "glm4.ops.cpu._kernels"
 
 
 class WeightStruct(ctypes.Structure):
@@ -53,6 +55,7 @@ class AttentionStruct(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         ("k_cache", ctypes.c_void_p),
         ("v_cache", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
         ("kv_stride", ctypes.c_int64),
         ("cache_format", ctypes.c_int64),
         ("k_scales", ctypes.c_void_p),
@@ -63,6 +66,65 @@ class AttentionStruct(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
+    ]
+
+
+class NormStruct(ctypes.Structure):
+    """Glm4Norm of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("residual", ctypes.c_void_p),
+        ("branch", ctypes.c_void_p),
+        ("branch_weight", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+class SwigluStruct(ctypes.Structure):
+    """Glm4Swiglu of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("gate_up_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("gate_up", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+class KvWriteStruct(ctypes.Structure):
+    """Glm4KvWrite of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("rotary_dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("k_stride", ctypes.c_int64),
+        ("v_stride", ctypes.c_int64),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("k_cache", ctypes.c_void_p),
+        ("v_cache", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+        ("kv_stride", ctypes.c_int64),
+        ("cache_format", ctypes.c_int64),
+        ("k_scales", ctypes.c_void_p),
+        ("v_scales", ctypes.c_void_p),
     ]
 
 
@@ -78,10 +140,20 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_weight_sizes": (None, [_WEIGHT, ctypes.POINTER(_I64)]),
     "glm4_pack_rows": (None, [_WEIGHT, _I64, _I64, _POINTER, _POINTER, _POINTER]),
     "glm4_linear": (None, [_WEIGHT, _POINTER, _I64, _I64, _INT, _POINTER, _I64]),
-    "glm4_linear_bf16": (None, [_POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _INT, _POINTER, _I64]),
-    "glm4_attention": (None, [ctypes.POINTER(AttentionStruct)]),
+    "glm4_linear_bf16": (None, [_POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _I64]),
+    "glm4_attention": (_INT, [ctypes.POINTER(AttentionStruct)]),
+    "glm4_norm": (None, [ctypes.POINTER(NormStruct)]),
+    "glm4_swiglu": (None, [ctypes.POINTER(SwigluStruct)]),
+    "glm4_rotate_and_store": (_INT, [ctypes.POINTER(KvWriteStruct)]),
     "glm4_read_stream": (ctypes.c_uint64, [_POINTER, ctypes.c_size_t]),
+    "glm4_multiply": (_I64, [_I64]),
 }
+
+
+def _find() -> str | None:
+    """Where the library is. Python's own finder knows editable installs too, which keep it apart from the sources."""
+    spec = importlib.util.find_spec(_MODULE)
+    return os.environ.get(LIBRARY_VARIABLE) or (spec.origin if spec else None)
 
 
 @lru_cache(maxsize=1)
@@ -93,10 +165,11 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     wanted = os.environ.get(ISA_VARIABLE) or None
     if wanted is not None and wanted not in ISAS:
         raise OptionError(f"{ISA_VARIABLE}: {wanted!r} is none of {', '.join(ISAS)}")
-    if not _PATH.exists():
+    path = _find()
+    if path is None:
         return None, "the native kernels were not built (they need a C++ compiler while installing)"
     try:
-        library = ctypes.CDLL(str(_PATH))
+        library = ctypes.CDLL(path)
         version = library.glm4_abi_version()
     except (OSError, AttributeError) as error:
         return None, f"the native kernels cannot be loaded: {error}"

@@ -52,7 +52,6 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         x.data_ptr(),
         tokens,
         x.stride(0),
-        DTYPES[x.dtype],
         out.data_ptr(),
         out.stride(0),
     )
@@ -99,7 +98,8 @@ class PackedLinear:
         memory = library.glm4_allocate(max(self.nbytes, 1))
         if memory is None:
             raise MemoryError(f"no {self.nbytes} bytes for a weight of [{out_features}, {in_features}]")
-        weakref.finalize(self, library.glm4_free, memory, max(self.nbytes, 1))
+        # Not at exit: a thread that still computes would lose its weights.
+        weakref.finalize(self, library.glm4_free, memory, max(self.nbytes, 1)).atexit = False
         self._struct.values = memory
         self._struct.scales = memory + sizes[0]
         self._struct.zeros = memory + sizes[0] + sizes[1] if zeros else None

@@ -24,5 +24,6 @@ def huge_page_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if address is None:
         raise MemoryError(f"no {size} bytes for a tensor of {list(shape)}")
     buffer = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(buffer, library.glm4_free, address, size)  # the tensor's storage keeps `buffer` alive
+    # The tensor's storage keeps `buffer` alive. Not at exit: a thread that still computes would lose its numbers.
+    weakref.finalize(buffer, library.glm4_free, address, size).atexit = False
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
