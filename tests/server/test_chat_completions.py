@@ -209,6 +209,18 @@ def test_a_thought_and_then_a_form(z1_server: Server) -> None:
     assert answer["content"].startswith("{")
 
 
+def test_a_thought_and_then_a_call_that_must_be(z1_server: Server, tools: dict[str, Json]) -> None:
+    expression = {"type": "object", "properties": {"expression": {"enum": ["3+5"]}}, "required": ["expression"]}
+    function = {**tools["calculator"]["function"], "parameters": {**expression, "additionalProperties": False}}
+    tool = {"type": "function", "function": function}
+    body = ask("三加五等于几？", tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    answer = message(z1_server.post(PATH, body))
+    assert answer["reasoning_content"].strip()
+    [call] = answer["tool_calls"]
+    assert call["function"]["name"] == "calculator"
+    assert json.loads(call["function"]["arguments"]) == {"expression": "3+5"}
+
+
 BAD: list[tuple[Json, str | None]] = [
     (ask("x", foo=1), "foo"),
     (ask("x", functions=[]), "functions"),
@@ -240,6 +252,10 @@ BAD: list[tuple[Json, str | None]] = [
     (ask("x", thinking={"type": "enabled"}), "thinking"),
     (ask("x", reasoning_effort="none", thinking={"type": "enabled"}), "reasoning_effort"),
     (ask("x", grammar="start: ("), "grammar"),
+    (ask("x", regex="a", choice=["b"]), None),
+    (ask("x", min_new_tokens=9, max_tokens=8), "min_new_tokens"),
+    (ask("x", tools=[{"name": "two\nlines"}]), "tools"),
+    (ask("x", tools=[{"name": " a"}]), "tools"),
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages"),

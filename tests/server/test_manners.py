@@ -248,7 +248,7 @@ def test_it_leaves_with_an_engine_that_is_dead_for_good() -> None:
 
 def test_it_drains_when_it_is_told_to_stop() -> None:
     server = start_server()
-    stream = start_stream(server)
+    stream = start_stream(server, LONG | {"max_tokens": 600})
     server.process.send_signal(signal.SIGTERM)
     until(lambda: server.request("GET", "/health").status == 503)
     assert json.loads(server.request("GET", "/health").read()) == {"status": "draining"}

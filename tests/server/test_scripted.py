@@ -149,6 +149,10 @@ def test_the_folders_advice_on_sampling_comes_before_openais_default() -> None:
     assert (llm.asked[-1].do_sample, llm.asked[-1].temperature) == (True, 1.0)
     client_of(llm).post(PATH, json=ask("hi"))
     assert llm.asked[-1].do_sample is False
-    llm.sampling_defaults = SamplingParams(do_sample=True, temperature=0.6, top_p=0.95).over(GREEDY)
-    client_of(llm).post(PATH, json={"messages": [{"role": "user", "content": "hi"}]})
-    assert (llm.asked[-1].temperature, llm.asked[-1].top_p) == (0.6, 0.95)
+    assert llm.asked[-1].max_new_tokens is None
+    advice = SamplingParams(do_sample=True, temperature=0.6, top_p=0.95, max_new_tokens=30_000)
+    llm.sampling_defaults = advice.over(GREEDY)
+    for limit, expected in ((None, 30_000), (50_000, 30_000), (20, 20)):
+        client_of(llm, max_answer_tokens=limit).post(PATH, json={"messages": [{"role": "user", "content": "hi"}]})
+        asked = llm.asked[-1]
+        assert (asked.temperature, asked.top_p, asked.max_new_tokens) == (0.6, 0.95, expected)

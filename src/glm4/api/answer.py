@@ -23,11 +23,6 @@ class AnswerForm:
     json_calls: bool = False
     """Calls are Rumination's JSON, whatever their names."""
 
-    @property
-    def has_calls(self) -> bool:
-        """Calls are looked for, for which the text must hold its control tokens."""
-        return self.json_calls or bool(self.tool_names)
-
     def parser(self) -> AnswerParser:
         """A parser for one answer."""
         calls: ToolCallParser | None = NamedCallParser(self.tool_names) if self.tool_names else None

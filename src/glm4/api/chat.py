@@ -34,6 +34,9 @@ class ToolUse:
         """From tools as `normalise_tools` takes them. Raises PromptError and OptionError."""
         functions = [tool.get("function") or tool for tool in normalise_tools(tools)]
         names = [function["name"] for function in functions]
+        for index, name in enumerate(names):
+            if name.split("\n") != [name.strip()]:
+                raise OptionError(f"tools[{index}]: the name {name!r} must be one line without space around it")
         if choice not in ("none", "auto") and not functions:
             raise OptionError("tool_choice: there are no tools to choose from; give some in tools")
         if isinstance(choice, tuple) and choice[0] not in names:

@@ -45,7 +45,6 @@ class ThinkingSettings(msgspec.Struct, forbid_unknown_fields=True):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
-    display: str | None = None
 
 
 class SchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):

@@ -9,7 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from glm4.api.bodies import Json
+from glm4.api.bodies import RENAMED, SAMPLING_NAMES, Json
+from glm4.api.chat_completions import ChatCompletionBody
+from glm4.api.completions import CompletionBody
+from glm4.api.embeddings import EmbeddingsBody
+from glm4.api.messages import MessagesBody
+from glm4.api.responses import ResponsesBody
 from glm4.errors import EngineError, Glm4Error
 
 KINDS = {
@@ -24,7 +29,9 @@ KINDS = {
 }
 """What OpenAI's and Anthropic's APIs call a failure with this status; all others are "api_error"."""
 
-_NAMED = re.compile(r"unknown key '([^']*)'|([a-z_]+)(?=[:\[. ])")
+_BODIES = (ChatCompletionBody, CompletionBody, ResponsesBody, MessagesBody, EmbeddingsBody)
+_PARAMS = {*SAMPLING_NAMES, *RENAMED, "tokens"}.union(*(body.__struct_fields__ for body in _BODIES))
+_NAMED = re.compile(r"unknown key '([^']*)'|(\w+)")
 """Messages about a key begin with it."""
 
 
@@ -75,7 +82,9 @@ class HttpError(Exception):
 
 def _param(message: str) -> str | None:
     match = _NAMED.match(message)
-    return (match[1] or match[2]) if match and match[0] != "the" else None
+    if match is None:
+        return None
+    return match[1] or (match[2] if match[2] in _PARAMS else None)
 
 
 async def respond(request: Request, error: Exception) -> Response:

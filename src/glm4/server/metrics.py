@@ -33,7 +33,7 @@ class Metrics:
             "glm4_inter_token_seconds", "mean time between an answer's tokens after the first words",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.prompt_tokens = Counter("glm4_prompt_tokens", "tokens of prompts that got an answer", registry=registry)
+        self.prompt_tokens = Counter("glm4_prompt_tokens", "tokens of prompts, once for each answer", registry=registry)
         self.answer_tokens = Counter("glm4_answer_tokens", "tokens of answers, cut ones included", registry=registry)
         self.aborts = Counter("glm4_aborts", "answers that were ended before their end", registry=registry)
         self._engine = _EngineCollector()

@@ -15,7 +15,7 @@ from glm4.api.chat import ChatRequest
 from glm4.api.openai import Head
 from glm4.engine.async_llm import AsyncLLM
 from glm4.engine.request import RequestOutput
-from glm4.errors import EngineError, OptionError
+from glm4.errors import EngineError, Glm4Error, OptionError
 from glm4.options import SamplingParams, ServerOptions
 from glm4.server.errors import HttpError
 from glm4.server.metrics import Metrics
@@ -55,7 +55,8 @@ class Service:
         defaults = llm.sampling_defaults
         if not defaults.do_sample:  # the folder advises nothing: OpenAI's default holds
             defaults = replace(defaults, do_sample=True, temperature=1.0)
-        self._defaults = replace(defaults, max_new_tokens=options.max_answer_tokens)
+        limits = [limit for limit in (defaults.max_new_tokens, options.max_answer_tokens) if limit is not None]
+        self._defaults = replace(defaults, max_new_tokens=min(limits, default=None))
 
     def head(self, model: str | None) -> Head:
         """The head of an answer by `model`. Raises HttpError for a model there is not."""
@@ -105,7 +106,7 @@ class Service:
         """
         self._refuse_if_full(job.num_answers)
         self._open += job.num_answers
-        clock = _Clock(self.metrics, time.perf_counter())
+        clock = _Clock(self.metrics, job.num_answers)
         try:
             deadline = asyncio.get_running_loop().time() + self.options.request_timeout
             async with aclosing(merged(self._streams(job), deadline)) as answers:
@@ -115,9 +116,12 @@ class Service:
             self._mean_seconds += 0.1 * (time.perf_counter() - clock.started - self._mean_seconds)
         except TimeoutError as error:
             raise self._too_slow() from error
+        except Glm4Error:
+            clock.num_open = 0  # an error is no abort
+            raise
         finally:
             self._open -= job.num_answers
-            clock.stop()
+            self.metrics.aborts.inc(clock.num_open)
 
     async def embeddings(self, prompts: list[list[int]]) -> list[list[float]]:
         """The vector of each prompt. Raises HttpError when there is no room or no time."""
@@ -185,25 +189,23 @@ class Service:
 class _Clock:
     """Counts the tokens of one job, and the seconds between them."""
 
-    def __init__(self, metrics: Metrics, started: float) -> None:
-        self.started, self._metrics = started, metrics
-        self._open: dict[int, tuple[float, int, int]] = {}
+    def __init__(self, metrics: Metrics, num_answers: int) -> None:
+        self.started, self.num_open = time.perf_counter(), num_answers
+        self._metrics = metrics
+        self._begun: dict[int, tuple[float, int, int]] = {}
         """Number of an answer to when its first words came, how many tokens they were, and how many there are now."""
 
     def take(self, number: int, output: RequestOutput) -> None:
+        """One more output of an answer."""
         now, tokens = time.perf_counter(), len(output.token_ids)
-        if number not in self._open:
+        if number not in self._begun:
             self._metrics.first_token.observe(now - self.started)
             self._metrics.prompt_tokens.inc(len(output.prompt_token_ids))
-            self._open[number] = (now, tokens, 0)
-        first, at_first, before = self._open[number]
+            self._begun[number] = (now, tokens, 0)
+        first, at_first, before = self._begun[number]
         self._metrics.answer_tokens.inc(tokens - before)
-        self._open[number] = (first, at_first, tokens)
+        self._begun[number] = (first, at_first, tokens)
         if output.finish_reason is not None:
-            del self._open[number]
+            self.num_open -= 1
             if tokens > at_first:
                 self._metrics.next_token.observe((now - first) / (tokens - at_first))
-
-    def stop(self) -> None:
-        """What has not ended by now never will."""
-        self._metrics.aborts.inc(len(self._open))

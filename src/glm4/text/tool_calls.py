@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -239,22 +239,3 @@ class _ObjectScanner:
                     self.closed = True
                     return at + 1
         return len(text)
-
-
-def parse_tool_calls(text: str, parser: ToolCallParser) -> tuple[str, list[ToolCall]]:
-    """(prose, calls) of a whole answer, by a parser that has read nothing yet."""
-    prose, calls = "", list[ToolCall]()
-    for kind, value in parser.push(text) + parser.finish():
-        if kind == "text":
-            prose += value
-        elif kind == "call":
-            calls.append(ToolCall(value, ""))
-        else:
-            calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + value)
-    return prose, calls
-
-
-def tool_names(tools: Sequence[dict[str, object]]) -> list[str]:
-    """The names of normalised tools (see `normalise_tools`), in order."""
-    functions = (tool.get("function") or tool for tool in tools)
-    return [str(function["name"]) for function in functions if isinstance(function, dict)]
