@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from serving import Json, Server, start_server
@@ -63,7 +64,7 @@ def test_the_page_needs_nothing_from_elsewhere(server: Server, document: Json) -
     assert all(path in text for path in document["paths"])
 
 
-def test_schemathesis_finds_nothing() -> None:
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """Short here; docs/server.md says how to run it for longer. Answers need a limit, for most set none."""
     server = start_server("--max-answer-tokens", "8")
     command = [
@@ -71,7 +72,7 @@ def test_schemathesis_finds_nothing() -> None:
         "--max-examples", "8", "--request-timeout", "20", "--seed", "1", "--phases", "fuzzing",
         "--exclude-path", "/metrics", "--generation-database", "none", "--no-color",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     server.stop()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Tested: 12" in done.stdout
