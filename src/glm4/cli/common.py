@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glm4.errors import OptionError, PromptError
+from glm4.interrupts import interrupts_held
 from glm4.options import EngineOptions, SamplingParams, ServerOptions, option_kind, options_from
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def load(model: str | None, options: dict[str, Any]) -> LLM:
         raise OptionError("no model: give its folder with -m DIR, or set GLM4_MODEL (demo/glm4-demo is a tiny one)")
     said = {name: value for name, value in options.items() if value is not None}
     engine_options: EngineOptions = options_from(EngineOptions, {"model": model, **said})
-    from glm4.engine.llm import LLM
+    with interrupts_held():
+        from glm4.engine.llm import LLM
 
     with loading_bar() as on_load:
         return LLM(engine_options, on_load=on_load)

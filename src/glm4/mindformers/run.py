@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4.engine.stats import EngineStats
 from glm4.errors import INTERRUPTED, Glm4Error, OptionError, OutputError, PromptError
+from glm4.interrupts import interrupts_held
 from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
 from glm4.mindformers.result import answer_line, check_writable, write_results
@@ -30,7 +31,8 @@ log = logging.getLogger("glm4")
 
 def load_llm(options: EngineOptions) -> LLM:
     """The model; the tensor library is imported here, once the job is known to be sound."""
-    from glm4.engine.llm import LLM
+    with interrupts_held():
+        from glm4.engine.llm import LLM
 
     return LLM(options)
 
