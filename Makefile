@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+CLIENTS := build/clients
 
 MODEL  ?= demo/glm4-demo
 PROMPT ?= 请介绍一下北京
@@ -14,12 +15,14 @@ override PROMPT := $(value PROMPT)
 override CONFIG := $(value CONFIG)
 export MODEL PROMPT CONFIG
 
-.PHONY: help run test lint format env demo clean
+.PHONY: help run test clients serve-demo lint format env demo clean
 
 help:
 	@echo "make run                      answer one question with the demo model"
 	@echo "make run PROMPT='…' MODEL=DIR answer another question with another folder"
 	@echo "make test                     run all tests"
+	@echo "make serve-demo               serve the demo model on http://127.0.0.1:8000"
+	@echo "make clients                  an environment with litellm and lm-eval, for their tests"
 	@echo "make lint                     ruff, mypy --strict and the import contract"
 	@echo "make format                   let ruff format the code"
 	@echo "make demo                     train the demo model again (up to 40 minutes)"
@@ -32,6 +35,17 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# Clients of the server that cannot live in one environment with it: GLM4_CLIENTS_PYTHON=$(CLIENTS)/bin/python make test
+clients: $(CLIENTS)/.ready
+
+$(CLIENTS)/.ready: requirements-clients.lock
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r requirements-clients.lock
+	@touch $@
+
+serve-demo: $(READY)
+	$(BIN)/glm4 serve -m demo/glm4-demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

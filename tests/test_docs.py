@@ -76,7 +76,11 @@ def test_run_mindformer_writes_its_result(tmp_path: Path) -> None:
     assert (tmp_path / "text_generation_result.txt").exists()
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+NEED_A_SERVER = "server.md"
+"""Its blocks are run by tests/server/test_server_page.py, which has one."""
+
+
+@pytest.mark.parametrize("document", [path for path in DOCS if path.name != NEED_A_SERVER], ids=lambda path: path.name)
 def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
     for code in blocks(document, "python"):
         code = code.replace("/path/hf_dir", str(DEMO))

@@ -62,7 +62,7 @@ def logits(model: Glm4ForInference, ids: list[int]) -> Tensor:
 @pytest.fixture
 def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The readable reference in place of kernels, which round activations too."""
-    monkeypatch.setattr(loading, "make_quantized_linear", QuantizedLinear)
+    monkeypatch.setattr(loading, "make_quantized_linear", lambda weight, bias, arena: QuantizedLinear(weight, bias))
 
 
 @pytest.mark.usefixtures("plain_layers")
@@ -199,7 +199,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-loading.make_quantized_linear = QuantizedLinear  # kernels repack into pages of a size of their own
+loading.make_quantized_linear = lambda weight, bias, arena: QuantizedLinear(weight, bias)  # kernels repack into pages of a size of their own
 checkpoint, config = opened(Path(sys.argv[1]))
 before = anonymous()
 most = 0

@@ -180,6 +180,8 @@ def _measure(model: str, options: dict[str, Any]) -> Ceilings:
 def _conditions(llm: LLM) -> Json:
     import torch
 
+    from glm4.ops.cpu.library import kernels_summary
+
     weights = llm.model.embed_tokens
     return {
         "model": llm.options.model,
@@ -187,6 +189,7 @@ def _conditions(llm: LLM) -> Json:
         "dtype": str(weights.dtype).removeprefix("torch."),
         "weights": llm.plan.weight_format,
         "threads": torch.get_num_threads(),
+        "kernels": kernels_summary() if weights.device.type == "cpu" else None,
         "max_batch_tokens": llm.options.max_batch_tokens,
         "max_batch_requests": llm.options.max_batch_requests,
     }
@@ -240,6 +243,8 @@ def _rows(found: Json) -> list[tuple[str, str]]:
         ("prompt tokens", f"{found['prompt_tokens']:,}, {found['prompt_tokens_per_s']:,.1f}/s"),
         ("new tokens", f"{found['new_tokens']:,}, {found['new_tokens_per_s']:,.1f}/s"),
     ]
+    if found["kernels"]:
+        rows.insert(0, ("CPU kernels", found["kernels"]))
     phases = {phase: found[f"{phase}_tokens_per_s"] for phase in ("prefill", "decode")}
     rows += [(f"{phase} alone", f"{rate:,.1f} tokens/s") for phase, rate in phases.items() if rate is not None]
     if found.get("clipped_requests"):

@@ -113,6 +113,8 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from glm4.ops.cpu.library import kernels_summary
+
     config = plan.config
     table = Table(title=escape(model), show_header=False, title_justify="left")
     rows = {
@@ -122,6 +124,7 @@ def _needs(plan: MemoryPlan, model: str) -> Table:
         f"{gib(plan.kv_per_token * plan.context)} for one request of {plan.context:,} ({plan.kv_dtype})",
         "workspace": f"{gib(plan.workspace)} for steps of {plan.max_batch_tokens:,} tokens",
         "context": f"{config.max_context:,} tokens",
+        "on this CPU": f"kernels: {kernels_summary()}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -30,6 +30,7 @@ from glm4.errors import EngineError, OptionError, PromptError
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
 from glm4.model.loading import load_model
 from glm4.model.utils import shapes_of
+from glm4.ops.cpu import library
 from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from
 from glm4.plan import MemoryPlan, gib, memory_limit
 from glm4.quantization.weights import Weights
@@ -68,6 +69,7 @@ class LLM:
         self.options = options = replace(options, **_checked(overrides))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        library.set_threads(torch.get_num_threads())
         folder = ModelFolder.open(options.model)
         self.config = Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
         self.tokenizer = Tokenizer.from_folder(folder.path)
@@ -100,6 +102,8 @@ class LLM:
             folder.path.name, plan.weight_format, device, gib(plan.weights), num_blocks * options.block_size,
             plan.kv_dtype, gib(limit),
         )  # fmt: skip
+        if device.type == "cpu":
+            log.info("CPU kernels: %s", library.kernels_summary())
         total, done = sum(len(shapes_of(model)) for model in (config, draft and draft[1]) if model), 0
 
         def count(name: str) -> None:

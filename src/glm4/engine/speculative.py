@@ -235,8 +235,10 @@ class Speculator:
         self.balance += _SHARE * seconds
         share = self._share(plan.requests, seconds)
         num_requests = len(plan.requests)
-        extra = self._extra(seconds / share - num_requests, num_requests) if share else 0.0
-        price = self._guessing + self._confirming_price()
+        extra = price = 0.0
+        if self._proposed:
+            extra = self._extra(seconds / share - num_requests, num_requests) if share else 0.0
+            price = self._guessing + self._confirming_price()
         right = 0
         for step in plan.requests:
             if not step.logits_at or step.request_id not in result.results:
@@ -266,8 +268,7 @@ class Speculator:
         other reasons, too, so that none counts more than double.
         """
         num_drafts = sum(self._proposed.values())
-        if num_drafts:
-            self._confirming.append(min(tokens, num_requests) / num_drafts)
+        self._confirming.append(min(tokens, num_requests) / num_drafts)
         return num_drafts * self._confirming_price()
 
     def _confirming_price(self) -> float:
