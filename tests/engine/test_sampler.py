@@ -88,9 +88,10 @@ def test_distribution_equals_transformers(
     steps += [TopKLogitsWarper(top_k)] if top_k else []
     steps += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
     theirs = LogitsProcessorList(steps)(torch.tensor([prompt + answer]), row[None].clone()).softmax(-1)[0]
-    # Which side of a threshold a probability falls on may hang on its last bit; allow for one such token.
+    # Which side of a threshold a probability falls on may hang on its last bit: allow for one such token, and for any
+    # that are together less than a float32 sum of probabilities can tell (where top_p is just below 1).
     edge = (ours > 0) != (theirs > 0)
-    assert edge.sum() <= 1
+    assert edge.sum() <= 1 or (ours + theirs)[edge].sum() < 1e-6
     ours, theirs = ours.masked_fill(edge, 0), theirs.masked_fill(edge, 0)
     assert torch.allclose(ours / ours.sum(), theirs / theirs.sum(), atol=1e-5)
 

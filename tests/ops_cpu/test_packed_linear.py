@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glm4.ops.cpu import library
 from glm4.ops.cpu.linear import PackedLinear, bf16_linear, make_quantized_linear
-from glm4.ops.cpu.memory import huge_page_tensor
+from glm4.ops.cpu.memory import Arena, huge_page_tensor
 from glm4.ops.quantized import (
     QuantizedLinear,
     QuantizedWeight,
@@ -259,6 +259,31 @@ def test_memory_goes_back_when_a_layer_does(isas: list[str]) -> None:
     assert mapped() - before < 4 * 4096 * 4096
 
 
+@given(sizes=st.lists(st.integers(0, 5000), max_size=30))
+def test_pieces_of_an_arena_lie_apart(sizes: list[int]) -> None:
+    """Each is as long as asked for, begins on a cache line, starts as zeros and keeps what is written to it."""
+    arena = Arena(4096)
+    pieces = [arena.take(size) for size in sizes]
+    for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+        assert len(piece) == size and not piece.any()
+        assert size == 0 or piece.data_ptr() % 64 == 0
+        piece.fill_(number + 1)
+    assert all((piece == number + 1).all() for number, piece in enumerate(pieces))
+
+
+def test_layers_share_an_arena(isas: list[str]) -> None:
+    """The small ones lie on the same pages, and give what they give alone, also when others are gone."""
+    arena, x = Arena(), random_activations(3, 64)
+    weights = [random_weight(40, 64, bits, seed=bits) for bits in (4, 8)]
+    layers = [make_quantized_linear(weight, arena=arena) for weight in weights]
+    first, second = (layer._memory.data_ptr() for layer in layers)
+    assert first < second < first + 8192
+    wanted = make_quantized_linear(weights[1])(x)
+    del layers[0], arena
+    gc.collect()
+    assert torch.equal(layers[0](x), wanted)
+
+
 def test_threads_sleep_when_there_is_nothing_to_do(isas: list[str]) -> None:
     code = (
         "import time, torch; from glm4.ops.cpu import library; from glm4.ops.cpu.linear import PackedLinear\n"
@@ -314,7 +339,7 @@ def test_group_sizes_that_the_kernels_do_not_know_run_on_the_reference(isas: lis
 def test_bfloat16_weights(isas: list[str], rows: int, inputs: int, tokens: int, with_bias: bool, threads: int) -> None:
     """Float32 sums, rounded once; a token alone gives the same bits."""
     weight = random_activations(rows, inputs, seed=1).bfloat16()
-    bias = random_activations(1, rows, seed=2)[0].bfloat16() if with_bias else None
+    bias = random_activations(1, rows, seed=2)[0] if with_bias else None
     x = random_activations(tokens, inputs + 1, seed=3).bfloat16()[:, 1:]
     exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     magnitudes = x.double().abs() @ weight.double().abs().t() + (0.0 if bias is None else bias.double().abs())

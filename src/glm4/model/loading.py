@@ -13,6 +13,7 @@ from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.model.utils import shapes_of
 from glm4.ops.cpu.linear import make_quantized_linear
+from glm4.ops.cpu.memory import Arena
 from glm4.ops.linear import Linear, LinearLayer
 from glm4.ops.quantized import QuantizedLinear, QuantizedWeight
 from glm4.quantization.weights import Weights
@@ -36,6 +37,7 @@ def load_model(
     """
     weights = Weights(checkpoint, shapes_of(config), quantization)
     weights.check()
+    arena = Arena()
 
     def place(name: str, stored: Tensor) -> Tensor:
         tensor = stored.to(device, dtype)
@@ -55,7 +57,7 @@ def load_model(
         stored = weights.read(name)
         if isinstance(stored, Tensor):
             return Linear(place(name, stored), bias)
-        layer = _quantized_linear(stored, bias, device)
+        layer = _quantized_linear(stored, bias, device, arena)
         weights.release(name)
         on_tensor(name)
         return layer
@@ -63,9 +65,9 @@ def load_model(
     return Glm4ForInference(config, weight, linear)
 
 
-def _quantized_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.device) -> LinearLayer:
+def _quantized_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.device, arena: Arena) -> LinearLayer:
     if device.type == "cpu":
-        return make_quantized_linear(weight, bias)
+        return make_quantized_linear(weight, bias, arena)
     zeros = None if weight.zeros is None else weight.zeros.to(device)
     moved = replace(weight, values=weight.values.to(device), scales=weight.scales.to(device), zeros=zeros)
     return QuantizedLinear(moved, bias)

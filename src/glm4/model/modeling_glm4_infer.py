@@ -14,11 +14,10 @@ from torch import Tensor
 
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.modeling_glm4 import RotaryEmbedding
-from glm4.ops.activation import swiglu
-from glm4.ops.attention import AttentionBatch, CacheTensor, KVCache, paged_attention
+from glm4.ops.attention import AttentionBatch, CacheTensor, KVCache
+from glm4.ops.fused import add_norm, rotary_attention, swiglu
 from glm4.ops.linear import Linear, LinearLayer
 from glm4.ops.norm import rms_norm
-from glm4.ops.rotary import apply_rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +85,14 @@ class Glm4ForInference:
         x = self.embed_tokens[token_ids]
         cos, sin = self.rotary(positions, x.dtype)
         eps = self.config.rms_norm_eps
-        for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            attended = self._attend(layer, rms_norm(x, layer.input_layernorm, eps), cos, sin, batch, k_cache, v_cache)
-            x = x + rms_norm(attended, layer.post_self_attn_layernorm, eps)
-            gated = swiglu(layer.gate_up_proj(rms_norm(x, layer.post_attention_layernorm, eps)))
-            x = x + rms_norm(layer.down_proj(gated), layer.post_mlp_layernorm, eps)
-        return rms_norm(x, self.norm, eps)
+        next_norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        normed = rms_norm(x, self.layers[0].input_layernorm, eps)
+        for layer, next_norm, (k_cache, v_cache) in zip(self.layers, next_norms, kv_cache, strict=True):
+            attended = self._attend(layer, normed, cos, sin, batch, k_cache, v_cache)
+            x, normed = add_norm(x, attended, layer.post_self_attn_layernorm, layer.post_attention_layernorm, eps)
+            gated = swiglu(layer.gate_up_proj(normed))
+            x, normed = add_norm(x, layer.down_proj(gated), layer.post_mlp_layernorm, next_norm, eps)
+        return normed
 
     def _attend(
         self,
@@ -105,8 +106,7 @@ class Glm4ForInference:
     ) -> Tensor:
         tokens, head_dim = x.shape[0], self.config.head_dim
         q, k, v = (proj(x).view(tokens, -1, head_dim) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        return layer.o_proj(paged_attention(q, k, v, k_cache, v_cache, batch).view(tokens, -1))
+        return layer.o_proj(rotary_attention(q, k, v, cos, sin, k_cache, v_cache, batch).view(tokens, -1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] → float32 [rows, vocab_size]."""

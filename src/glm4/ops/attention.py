@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from glm4.ops.cpu.attention import PagedBatch, make_paged_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,7 @@ class CacheTensor:
     data: Tensor
     """bfloat16, float32 or int8 [slots, kv_heads, head_dim]."""
     scales: Tensor | None
-    """float32 [slots, kv_heads, 1]; None where `data` is not int8."""
+    """float32 [slots, kv_heads]; None where `data` is not int8."""
 
     @classmethod
     def empty(cls, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> CacheTensor:
@@ -28,7 +31,7 @@ class CacheTensor:
         data = torch.empty(slots, kv_heads, head_dim, dtype=dtype, device=device)
         if dtype != torch.int8:
             return cls(data, None)
-        return cls(data, torch.empty(slots, kv_heads, 1, dtype=torch.float32, device=device))
+        return cls(data, torch.empty(slots, kv_heads, dtype=torch.float32, device=device))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -40,9 +43,9 @@ class CacheTensor:
         if self.scales is not None:
             x = x.float()
             # Of a zero head the scale must not be 0; infinity and NaN stay, so that the logits show them.
-            scales = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            scales = (x.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             self.scales[slots] = scales
-            x = (x / scales).round()
+            x = (x / scales[..., None]).round()
         self.data[slots] = x.to(self.data.dtype)
 
     def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,45 +53,65 @@ class CacheTensor:
         data = self.data[slots]
         if self.scales is None:
             return data.to(dtype)
-        return data.float().mul_(self.scales[slots]).to(dtype)  # not int8 · float32, which torch does not vectorise
+        # Not int8 · float32, which torch does not vectorise.
+        return data.float().mul_(self.scales[slots][..., None]).to(dtype)
 
 
 KVCache = list[tuple[CacheTensor, CacheTensor]]
 """Keys and values of each layer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionBatch:
-    """Where the tokens of one step stand: the same for every layer."""
+    """Where the tokens of one step stand: the same for every layer. What only some implementations want is made once,
+    when it is first asked for."""
 
     slots: Tensor
     """int64 [tokens]: the place of each token's key and value, block · block_size + offset."""
     spans: list[tuple[int, int]]
     """Per request: the (first, end) rows of its tokens in the step."""
-    context_slots: list[Tensor]
-    """Per request: int64 [context], the places of all its tokens so far, those of this step included."""
-    masks: list[Tensor | None]
-    """Per request: bool [new, context], which keys each new token sees; None where it sees them all."""
+    starts: list[int]
+    """Per request: the position of the first of them."""
+    tables: list[list[int]]
+    """Per request: its block table."""
+    block_size: int
+
+    @cached_property
+    def context_slots(self) -> list[Tensor]:
+        """Per request: int64 [context], the places of all its tokens so far, those of this step included."""
+        device, found = self.slots.device, []
+        offsets = torch.arange(self.block_size, device=device)
+        for (first, end), start, table in zip(self.spans, self.starts, self.tables, strict=True):
+            context = start + end - first
+            blocks = torch.tensor(table[: -(-context // self.block_size)], device=device)
+            found.append((blocks[:, None] * self.block_size + offsets).flatten()[:context])
+        return found
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Per request: bool [new, context], which keys each new token sees; None where it sees them all."""
+        found: list[Tensor | None] = []
+        for (first, end), start in zip(self.spans, self.starts, strict=True):
+            positions = torch.arange(start + end - first, device=self.slots.device)
+            found.append(positions[None, :] <= positions[start:, None] if end - first > 1 else None)
+        return found
+
+    @cached_property
+    def native(self) -> PagedBatch:
+        """For the CPU kernels."""
+        return make_paged_batch(self.spans, self.starts, self.tables, self.block_size)
 
 
 def make_batch(
     spans: list[tuple[int, int]], starts: list[int], tables: list[list[int]], block_size: int, device: torch.device
 ) -> AttentionBatch:
     """Lay out a step: per request its rows, the position of its first new token, and its block table."""
-    context_slots, slots, masks = [], [], []
-    offsets = torch.arange(block_size, device=device)
-    for (first, end), start, table in zip(spans, starts, tables, strict=True):
-        context, new = start + end - first, end - first
-        blocks = torch.tensor(table[: -(-context // block_size)], device=device)
-        places = (blocks[:, None] * block_size + offsets).flatten()[:context]
-        context_slots.append(places)
-        slots.append(places[start:])
-        mask = None
-        if new > 1:
-            positions = torch.arange(context, device=device)
-            mask = positions[None, :] <= positions[start:, None]
-        masks.append(mask)
-    return AttentionBatch(torch.cat(slots), spans, context_slots, masks)
+    slots = [
+        table[position // block_size] * block_size + position % block_size
+        for (first, end), start, table in zip(spans, starts, tables, strict=True)
+        for position in range(start, start + end - first)
+    ]
+    return AttentionBatch(torch.tensor(slots, device=device), spans, starts, tables, block_size)
 
 
 def paged_attention(

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glm4.ops.cpu.library import computes
+from glm4.ops.cpu.linear import FEW_TOKENS, bf16_linear
+
 
 class LinearLayer(Protocol):
     """y = x · weightᵀ + bias, however the weight is held."""
@@ -23,12 +26,15 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [outputs, inputs]; bias: [outputs]."""
         self.weight, self.bias = weight, bias
+        self._wide_bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, inputs] → [tokens, outputs]."""
         tokens = x.shape[0]
         if x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
+        if tokens <= FEW_TOKENS and computes(x):
+            return bf16_linear(x, self.weight, self._wide_bias)
         padded = F.pad(x, (0, 0, 0, padded_rows(tokens) - tokens))
         return F.linear(padded, self.weight, self.bias)[:tokens]
 

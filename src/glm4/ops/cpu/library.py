@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glm4.errors import OptionError
 
@@ -187,6 +188,11 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
 def load() -> ctypes.CDLL | None:
     """The library of native kernels, or None where there is none; OptionError for a wrong GLM4_CPU_ISA."""
     return _open()[0]
+
+
+def computes(x: Tensor) -> bool:
+    """Whether the kernels run on what begins with x: there are some, and x is theirs by device and number format."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and load() is not None
 
 
 def need() -> ctypes.CDLL:

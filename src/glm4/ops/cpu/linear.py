@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glm4.ops.cpu.library import DTYPES, WeightStruct, load, need
+from glm4.ops.cpu.memory import Arena
 from glm4.ops.quantized import QuantizedLinear, QuantizedWeight
 
 PANEL_ROWS = 32
@@ -22,33 +21,37 @@ _MOST_INPUTS_A_GROUP = 65536  # sums of 255 · 127 stay below 2**31
 _MOST_INPUTS_WITH_ZEROS = 256  # sums of 127 stay below 2**15
 
 
-def make_quantized_linear(weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear | QuantizedLinear:
-    """The fastest linear layer there is for this weight on this CPU."""
+def make_quantized_linear(
+    weight: QuantizedWeight, bias: Tensor | None = None, arena: Arena | None = None
+) -> PackedLinear | QuantizedLinear:
+    """The fastest linear layer there is for this weight on this CPU; `arena`: see PackedLinear."""
     if load() is None or not PackedLinear.accepts(weight):
         return QuantizedLinear(weight, bias)
-    return PackedLinear.pack(weight, bias)
+    return PackedLinear.pack(weight, bias, arena)
 
 
 def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, all in bfloat16: x [tokens, in], weight [out, in], bias [out] → [tokens, out].
+    """x · weightᵀ + bias in bfloat16: x [tokens, in], weight [out, in], bias float32 [out] → [tokens, out].
 
-    Few tokens wait for memory, which the native kernel reads faster; torch multiplies many faster.
+    Made for few tokens, which wait for memory; torch multiplies more than FEW_TOKENS faster.
+    Raises ValueError for what the kernel does not know.
     """
-    library, tokens = load(), x.shape[0]
-    few = 0 < tokens <= FEW_TOKENS and x.dim() == 2
-    if library is None or not few or not (x.dtype is weight.dtype is torch.bfloat16) or weight.stride(1) != 1:
-        return F.linear(x, weight, bias)
-    rows, inputs = weight.shape
-    if x.shape[1] != inputs or weight.stride(0) != inputs:
-        return F.linear(x, weight, bias)
+    (tokens, inputs), rows = x.shape, weight.shape[0]
+    fits = (
+        x.dtype is weight.dtype is torch.bfloat16
+        and weight.shape[1] == inputs
+        and weight.is_contiguous()
+        and (bias is None or (bias.shape == (rows,) and bias.dtype is torch.float32 and bias.is_contiguous()))
+    )
+    if not fits:
+        raise ValueError(f"the CPU kernels cannot multiply {x.dtype} {list(x.shape)} with {list(weight.shape)}")
     x = x if x.stride(1) == 1 else x.contiguous()
-    wide_bias = None if bias is None else bias.float()
     out = torch.empty(tokens, rows, dtype=x.dtype)
-    library.glm4_linear_bf16(
+    need().glm4_linear_bf16(
         weight.data_ptr(),
         rows,
         inputs,
-        None if wide_bias is None else wide_bias.data_ptr(),
+        None if bias is None else bias.data_ptr(),
         x.data_ptr(),
         tokens,
         x.stride(0),
@@ -75,13 +78,14 @@ class PackedLinear:
         zeros: bool = False,
         half_scales: bool = False,
         bias: Tensor | None = None,
+        arena: Arena | None = None,
     ) -> None:
         """Room for a weight, to be filled by `fill`; every row counts as zeros until then.
 
-        bias: [out]. half_scales: keep scales in 16 bits; every one must then be a float16 exactly.
+        bias: [out]. half_scales: keep scales in 16 bits; every one must then be a float16 exactly. arena: where to take
+        memory from; none: memory of its own.
         Raises RuntimeError where there are no native kernels, MemoryError where there is no room.
         """
-        library = need()
         self.out_features, self.in_features = out_features, in_features
         self._bias = None if bias is None else bias.detach().float().contiguous()
         self._struct = WeightStruct(
@@ -93,13 +97,10 @@ class PackedLinear:
             bias=None if self._bias is None else self._bias.data_ptr(),
         )
         sizes = (ctypes.c_int64 * 3)()
-        library.glm4_weight_sizes(self._struct, sizes)
+        need().glm4_weight_sizes(self._struct, sizes)
         self.nbytes = sum(sizes[: 3 if zeros else 2])
-        memory = library.glm4_allocate(max(self.nbytes, 1))
-        if memory is None:
-            raise MemoryError(f"no {self.nbytes} bytes for a weight of [{out_features}, {in_features}]")
-        # Not at exit: a thread that still computes would lose its weights.
-        weakref.finalize(self, library.glm4_free, memory, max(self.nbytes, 1)).atexit = False
+        self._memory = (arena or Arena(0)).take(self.nbytes)
+        memory = self._memory.data_ptr()
         self._struct.values = memory
         self._struct.scales = memory + sizes[0]
         self._struct.zeros = memory + sizes[0] + sizes[1] if zeros else None
@@ -113,7 +114,7 @@ class PackedLinear:
         return (size % 4 == 0 or size == weight.in_features) and size <= _MOST_INPUTS_A_GROUP
 
     @classmethod
-    def pack(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
+    def pack(cls, weight: QuantizedWeight, bias: Tensor | None = None, arena: Arena | None = None) -> PackedLinear:
         """The whole of `weight`, with 16-bit scales where that loses nothing. Raises as the constructor does."""
         if not cls.accepts(weight):
             raise ValueError(f"the CPU kernels know no groups of {weight.group_size} in {weight.bits} bits")
@@ -125,6 +126,7 @@ class PackedLinear:
             zeros=weight.zeros is not None,
             half_scales=bool(torch.equal(weight.scales.half().float(), weight.scales)),
             bias=bias,
+            arena=arena,
         )
         packed.fill(0, weight)
         return packed

@@ -11,6 +11,30 @@ from torch import Tensor
 
 from glm4.ops.cpu.library import load
 
+_CACHE_LINE = 64
+
+
+class Arena:
+    """Memory on huge pages, taken in pieces of any size: one page may hold the end of one weight and the next's start.
+
+    It is reserved in large chunks, of which only what is written to takes memory. A chunk goes back with the last
+    piece of it.
+    """
+
+    def __init__(self, chunk_bytes: int = 1 << 28) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size] of zeros that begins on a cache line. Raises MemoryError where there is no room."""
+        rounded = -(-size // _CACHE_LINE) * _CACHE_LINE
+        if rounded > self._chunk_bytes // 2:
+            return huge_page_tensor((size,), torch.uint8)
+        if rounded > len(self._free):
+            self._free = huge_page_tensor((self._chunk_bytes,), torch.uint8)
+        piece, self._free = self._free[:size], self._free[rounded:]
+        return piece
+
 
 def huge_page_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros, on huge pages where the system grants them; an ordinary one where there are no kernels.
