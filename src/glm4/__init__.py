@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Threads that wait for each other by spinning make one another late wherever something else uses the cores, too: a
 # hundred times slower with one busy neighbour. This counts until torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN and torch each keep the code of 1,024 products, one for each number of rows, of 100 KB: a hundred megabytes that a
-# server fills within hours. 64 hold those that recur (see ops.linear).
+# oneDNN and torch each keep the code of 1,024 products, one for each number of rows, of 100 KB: a hundred megabytes
+# that a server fills within hours. 64 hold those that recur (see ops.linear).
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")
 

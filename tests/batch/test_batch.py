@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import Reference, write_tiny_chat
 
-from glm4.batch.run import Batch
 from glm4.batch.files import Line
+from glm4.batch.run import Batch
 from glm4.engine.llm import LLM
 from glm4.engine.step import StepPlan, StepResult
 from glm4.errors import EngineError

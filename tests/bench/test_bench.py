@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiny import write_tiny, write_tiny_chat
 from torch.utils.flop_counter import FlopCounterMode
 
-from glm4.bench.run import RequestTimes, drive, joined, percentile, report, shares, summary
 from glm4.bench.ceilings import Ceilings, Work, multiply_speed, read_speed
 from glm4.bench.load import Job, random_prompts
+from glm4.bench.run import RequestTimes, drive, joined, percentile, report, shares, summary
 from glm4.engine.llm import LLM
 from glm4.engine.request import RequestOutput
 from glm4.engine.step import StepPlan, StepResult

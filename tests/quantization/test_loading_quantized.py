@@ -199,7 +199,8 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-loading.make_quantized_linear = lambda weight, bias, arena: QuantizedLinear(weight, bias)  # kernels repack into pages of a size of their own
+# The kernels would repack into pages of a size of their own.
+loading.make_quantized_linear = lambda weight, bias, arena: QuantizedLinear(weight, bias)
 checkpoint, config = opened(Path(sys.argv[1]))
 before = anonymous()
 most = 0

@@ -4,6 +4,7 @@
 // `**重点：**内容` is bold (CommonMark's flanking rules refuse that), formulas keep their source, and there are no
 // reference links, no indented code and no HTML. Every search is bounded, so hostile text costs linear time.
 
+import { copyText } from "./copy.js";
 import { el } from "./dom.js";
 import { say } from "./words.js";
 
@@ -63,9 +64,16 @@ function mathEnd(line) {
 function readMath(lines, at) {
   const end = mathEnd(lines[at]);
   let to = at;
-  while (to < lines.length && !lines[to].slice(to === at ? lines[at].indexOf(lines[at].trimStart()) + 2 : 0).includes(end)) to += 1;
-  if (to >= lines.length || !lines[to].trimEnd().endsWith(end)) return readParagraph(lines, at);
-  return { kind: "math", text: lines.slice(at, to + 1).join("\n").trim(), to: to + 1 };
+  let rest = lines[at].trimStart().slice(2);
+  while (!rest.includes(end)) {
+    to += 1;
+    if (to === lines.length) break;
+    if (isBlank(lines[to])) return readParagraph(lines, at);
+    rest = lines[to];
+  }
+  if (to < lines.length && !rest.trimEnd().endsWith(end)) return readParagraph(lines, at);
+  to = Math.min(to + 1, lines.length);
+  return { kind: "math", text: lines.slice(at, to).join("\n").trim(), to };
 }
 
 function readHeading(line, at) {
@@ -109,7 +117,7 @@ function readItem(lines, at, item) {
     const inside = next < lines.length && indentation(lines[next]) >= least;
     if (next > to) {
       if (!inside) break;
-      content.push("");
+      content.push(...lines.slice(to, next).fill(""));
     } else if (!inside && (ITEM.test(lines[to]) || startsBlock(lines, to))) break;
     content.push(unindent(lines[next], width));
     to = next + 1;
@@ -204,13 +212,10 @@ function build(block) {
 }
 
 function codeBlock({ language, text }) {
-  const copy = el("button", { type: "button", class: "copy", "data-copies": "code" }, say("copy"));
-  return el(
-    "figure",
-    { class: "code" },
-    el("figcaption", {}, el("span", {}, language), copy),
-    el("pre", { tabindex: "0" }, el("code", {}, text)),
-  );
+  const code = el("code", {}, text);
+  const copy = el("button", { type: "button", click: () => copyText(copy, code.textContent) }, say("copy"));
+  const caption = el("figcaption", {}, el("span", {}, language), copy);
+  return el("figure", { class: "code" }, caption, el("pre", { tabindex: "0" }, code));
 }
 
 function list({ ordered, start, loose, items }) {
@@ -426,8 +431,9 @@ export class MarkdownView {
     const blocks = parse(lines, 0);
     const fresh = blocks.map((block, at) => this.#shown(lines, block, this.#open[at]));
     for (const { node } of this.#open.slice(fresh.length)) node.remove();
-    // The next line may still join the last block to the one before it, and no other.
-    const settled = Math.max(0, blocks.length - 2);
+    // The next line may still join the last block to the one before it, and no other; while a line is blank so far,
+    // it is not known whether it ends the block.
+    const settled = isBlank(lines.at(-1)) ? 0 : Math.max(0, blocks.length - 2);
     if (settled > 0) {
       const upTo = blocks[settled].from;
       this.#settled += lines.slice(0, upTo).reduce((sum, line) => sum + line.length + 1, 0);

@@ -1,0 +1,58 @@
+"""What a decoder block computes between its matrix products: on the native kernels where they run, else in torch.
+
+Here alone it is decided. The torch forms are those of `norm`, `activation`, `rotary` and `attention`, operation by
+operation, and the kernels are tested against them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from glm4.ops import activation, attention
+from glm4.ops.attention import AttentionBatch, CacheTensor
+from glm4.ops.cpu import attention as cpu_attention
+from glm4.ops.cpu import layer as cpu_layer
+from glm4.ops.cpu.library import computes
+from glm4.ops.norm import rms_norm
+from glm4.ops.rotary import apply_rotary
+
+
+def add_norm(
+    residual: Tensor, branch: Tensor, branch_weight: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + rms_norm(branch, branch_weight) → (hidden, rms_norm(hidden, weight)).
+
+    residual, branch: [tokens, size]; branch_weight, weight: [size]; all of one dtype.
+    """
+    if computes(residual):
+        return cpu_layer.add_norm(residual, branch, branch_weight, weight, eps)
+    hidden = residual + rms_norm(branch, branch_weight, eps)
+    return hidden, rms_norm(hidden, weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """up · silu(gate); gate_up: [tokens, 2·size], the gate's half first → [tokens, size]."""
+    return cpu_layer.swiglu(gate_up) if computes(gate_up) else activation.swiglu(gate_up)
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: CacheTensor,
+    v_cache: CacheTensor,
+    batch: AttentionBatch,
+) -> Tensor:
+    """Turn q and k by their positions' angles, then `attention.paged_attention`; q may be overwritten.
+
+    q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; cos, sin: [tokens, rotary_dim/2];
+    k_cache, v_cache: changed in place → [tokens, heads, head_dim].
+    """
+    if not (computes(q) and cpu_attention.accepts(q.shape[-1])):
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return attention.paged_attention(q, k, v, k_cache, v_cache, batch)
+    cache = (k_cache.data, v_cache.data, k_cache.scales, v_cache.scales)
+    cpu_attention.rotate_and_store(q, k, v, cos, sin, batch.slots, *cache)
+    return cpu_attention.paged_attention(q, k_cache.data, v_cache.data, batch.native, *cache[2:])
