@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4.errors import OptionError, OutputError, PromptError
+from glm4.interrupts import interrupts_held
 
 STANDARD = "-"
 _PREFIX = "batch_req_"
@@ -182,16 +183,17 @@ class BatchOutput:
         """Append the record of request `line`. Raises OutputError; what was written before stays whole."""
         # half of a surrogate pair, which UTF-8 has no bytes for, becomes JSON's own escape of it
         data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            _write_all(self._fd, data)
-            self._sync(at_least=_SYNC_SECONDS)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader has gone, which is no failure of ours
-                raise
-            raise self._failure(error) from error
-        self._size += len(data)
-        self.done.add(line)
-        self.num_errors += bool(record["error"])
+        with interrupts_held():  # a record that is written counts as done
+            try:
+                _write_all(self._fd, data)
+                self._sync(at_least=_SYNC_SECONDS)
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the reader has gone, which is no failure of ours
+                    raise
+                raise self._failure(error) from error
+            self._size += len(data)
+            self.done.add(line)
+            self.num_errors += bool(record["error"])
 
     def _sync(self, at_least: float) -> None:
         if self.is_file and time.monotonic() - self._synced >= at_least:
