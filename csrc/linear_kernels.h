@@ -115,7 +115,7 @@ inline VecF load_scales(const void *scales, int64_t at) {
 template <int Bits, bool Zeros, bool HalfScales, int Tokens>
 inline void sum_panel(const Glm4Weight &w, int64_t panel, const ActivationTile &tile, VecF (&sums)[Tokens][kParts]) {
     constexpr int kStepBytes = 4 * kPanelRows * Bits / 8;
-    constexpr int kAhead = 2048;  // bytes; a single token waits for memory, and the hardware looks ahead too little
+    constexpr int kAhead = 2048;  // bytes; few tokens wait for memory, and the hardware looks ahead too little
     const int64_t groups = group_count(w), steps = group_steps(w);
     const uint8_t *values = w.values + panel * panel_bytes(w);
     const int8_t *x = tile.values;
@@ -132,8 +132,7 @@ inline void sum_panel(const Glm4Weight &w, int64_t panel, const ActivationTile &
         for (int64_t step = 0; step < steps; ++step, values += kStepBytes, x += 4 * Tokens) {
             VecB weights[kParts];
             load_weights<Bits>(values, weights);
-            if (Tokens == 1)
-                for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(values + kAhead + line);
+            for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(values + kAhead + line);
             for (int t = 0; t < Tokens; ++t) {
                 const Four four = load_four(x + 4 * t);
                 for (int v = 0; v < kParts; ++v) dots[t][v] = dot<Bits>(dots[t][v], weights[v], four);

@@ -3,6 +3,9 @@
 // Bits 8: byte 4·l + j of a step's 128 holds input j of row l, plus 128.
 // Rows that pad the last panel are zeros with scale 0.
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 
@@ -30,16 +33,60 @@ uint64_t eight_nibbles(const uint8_t *row, int64_t input) {
 // A cache line of each row at a time: rows that lie a power of two apart would push each other's lines out otherwise.
 constexpr int64_t kLine = 64;
 
+// Eight inputs of rows l and l + 16: two steps.
+void pack_eight(const uint8_t *const *rows, int l, int64_t input, uint8_t *to) {
+    const uint64_t both = eight_nibbles(rows[l], input) | eight_nibbles(rows[l + 16], input) << 4;
+    uint8_t *step = to + input * 16 + 4 * l;
+    memcpy(step, &both, 4);
+    memcpy(step + 64, reinterpret_cast<const char *>(&both) + 4, 4);
+}
+
+#if defined(__SSE2__)
+constexpr int64_t kSome = 32;  // inputs packed at a time
+
+__m128i load_some(const uint8_t *row, int64_t input) {
+    return row ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(row + input / 2)) : _mm_setzero_si128();
+}
+
+// Those inputs of rows l .. l + 3 and of the rows 16 below: a quarter of eight steps.
+void pack_some(const uint8_t *const *rows, int l, int64_t input, uint8_t *to) {
+    const __m128i low = _mm_set1_epi8(15);
+    __m128i x[2][4];  // of each row, inputs 0 .. 15 and 16 .. 31
+    for (int r = 0; r < 4; ++r) {
+        const __m128i a = load_some(rows[l + r], input), b = load_some(rows[l + r + 16], input);
+        const __m128i even = _mm_or_si128(_mm_and_si128(a, low), _mm_slli_epi16(_mm_and_si128(b, low), 4));
+        const __m128i odd = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(a, 4), low), _mm_andnot_si128(low, b));
+        x[0][r] = _mm_unpacklo_epi8(even, odd);
+        x[1][r] = _mm_unpackhi_epi8(even, odd);
+    }
+    for (int half = 0; half < 2; ++half) {  // words of four inputs, transposed
+        const __m128i *v = x[half];
+        const __m128i a = _mm_unpacklo_epi32(v[0], v[1]), b = _mm_unpackhi_epi32(v[0], v[1]);
+        const __m128i c = _mm_unpacklo_epi32(v[2], v[3]), d = _mm_unpackhi_epi32(v[2], v[3]);
+        const __m128i steps[] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
+                                 _mm_unpackhi_epi64(b, d)};
+        for (int s = 0; s < 4; ++s)
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(to + (input / 4 + half * 4 + s) * 64 + 4 * l), steps[s]);
+    }
+}
+#else
+constexpr int64_t kSome = 8;
+
+void pack_some(const uint8_t *const *rows, int l, int64_t input, uint8_t *to) {
+    for (int r = 0; r < 4; ++r) pack_eight(rows, l + r, input, to);
+}
+#endif
+
 // rows: the panel's 32 rows, null where there is none; group sizes of 4-bit weights are multiples of 8.
 void pack_panel_4(const Glm4Weight &w, const uint8_t *const *rows, uint8_t *to) {
-    for (int64_t block = 0; block < w.inputs; block += 2 * kLine)
-        for (int l = 0; l < 16; ++l)
-            for (int64_t i = block; i < std::min(w.inputs, block + 2 * kLine); i += 8) {
-                const uint64_t both = eight_nibbles(rows[l], i) | eight_nibbles(rows[l + 16], i) << 4;
-                uint8_t *step = to + i * 16 + 4 * l;
-                memcpy(step, &both, 4);
-                memcpy(step + 64, reinterpret_cast<const char *>(&both) + 4, 4);
-            }
+    for (int64_t block = 0; block < w.inputs; block += 2 * kLine) {
+        const int64_t end = std::min(w.inputs, block + 2 * kLine), whole = block + (end - block) / kSome * kSome;
+        for (int l = 0; l < 16; l += 4) {
+            for (int64_t i = block; i < whole; i += kSome) pack_some(rows, l, i, to);
+            for (int64_t i = whole; i < end; i += 8)
+                for (int r = 0; r < 4; ++r) pack_eight(rows, l + r, i, to);
+        }
+    }
 }
 
 void pack_panel_8(const Glm4Weight &w, const uint8_t *const *rows, uint8_t *to) {

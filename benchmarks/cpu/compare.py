@@ -130,9 +130,8 @@ def show(result: dict[str, Any], names: list[dict[str, Any]]) -> None:
     for row in ROWS:
         values = result[row]
         print(f"{row:22} {values['glm4']:9.2f} {values['llama.cpp']:9.2f}   {values['ratio']:.2f}x")
-    print(
-        f"plain read {median(result['read_gb_per_s']):.1f} GB/s; decode reads {result['decode_share_of_read']:.0%} of it"
-    )
+    share = result["decode_share_of_read"]
+    print(f"plain read {median(result['read_gb_per_s']):.1f} GB/s; decoding one request reads at {share:.0%} of that")
     print(f"step at {LONG} tokens, KV int8: {result[f'step_at_{LONG}_to_{SHORT}_int8_kv']:.2f}x of that at {SHORT}")
     print(f"load and first token: {names[0]['load_seconds']:.1f} s, llama.cpp {names[1]['load_seconds']:.1f} s")
 

@@ -104,7 +104,7 @@ class Side:
         self._model = llama_cpp.llama_model_load_from_file(file.encode(), options)
         self._threads = threads
         self._batch = llama_cpp.llama_batch_init(TOKENS_A_STEP, 0, 1)
-        self.serve(1, 1, 1)
+        self.serve(1, 8, 2)
         self.load_seconds = time.perf_counter() - started
 
     def serve(self, requests: int, prompt: int, new: int) -> dict[str, float]:
@@ -114,12 +114,11 @@ class Side:
         options.n_batch, options.n_ubatch, options.n_seq_max = TOKENS_A_STEP, 512, requests
         options.n_threads = options.n_threads_batch = self._threads
         context = llama_cpp.llama_init_from_model(self._model, options)
-        steps = [
-            [(position, request, position == prompt - 1) for position in range(prompt)] for request in range(requests)
-        ]
+        self._decode(context, [(0, 0, True)])  # memory for the graph is taken outside the time
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         started = time.perf_counter()
-        for step in steps:
-            self._decode(context, step)
+        for request in range(requests):
+            self._decode(context, [(position, request, position == prompt - 1) for position in range(prompt)])
         prefill = time.perf_counter() - started
         started = time.perf_counter()
         for position in range(prompt, prompt + new - 1):

@@ -12,6 +12,7 @@ import pytest
 from programs import Bench, finish, start
 from tiny import Reference
 
+from glm4.api.answer import Answer, AnswerForm
 from glm4.cli.generate import show
 from glm4.engine.request import RequestOutput
 
@@ -98,8 +99,10 @@ def test_thoughts_go_to_standard_error(capfd: pytest.CaptureFixture[str], hidden
             yield RequestOutput(0, [1], [2], text, delta, None)
             seen.append(capfd.readouterr())
 
-    last = show(outputs(), thinks=True, hide_thoughts=hidden)
+    answer = Answer()
+    last = show(outputs(), AnswerForm(inside_thought=True), answer, hide_thoughts=hidden)
     assert last.text == "Hmm.</think>\n\nYes."
+    assert (answer.thought, answer.text) == ("Hmm.", "Yes.")
     assert capfd.readouterr().out == "\n"
     answers, thoughts = ([piece[stream] for piece in seen] for stream in (0, 1))
     assert answers == ["", "", "Ye", "s."]

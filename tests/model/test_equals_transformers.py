@@ -20,6 +20,7 @@ from glm4.model.loading import load_model
 from glm4.model.modeling_glm4 import Glm4ForCausalLM
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 from glm4.model.utils import tensor_specs
+from glm4.ops import fused
 from glm4.ops.attention import make_batch
 from glm4.options import GREEDY
 from glm4.quantization.weights import as_tensor
@@ -79,8 +80,13 @@ def test_plain_logits_equal(tiny: TinyCheckpoint) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kernels", ["native where built", "torch"])
 @pytest.mark.parametrize("block_size", [1, 7, 16])
-def test_paged_logits_equal_for_any_chunks(tiny: TinyCheckpoint, block_size: int) -> None:
+def test_paged_logits_equal_for_any_chunks(
+    tiny: TinyCheckpoint, block_size: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(fused, "computes", lambda x: False)
     checkpoint, config = open_tiny(tiny)
     model = load_model(checkpoint, config, CPU, torch.float32)
     draw = random.Random(block_size)

@@ -63,7 +63,7 @@ four_bits = st.builds(
     lambda rows, groups, size, **more: random_weight(rows, groups * size, 4, size, **more),
     rows=st.integers(1, 100),
     groups=st.integers(1, 5),
-    size=st.sampled_from([32, 64, 128]),
+    size=st.sampled_from([8, 24, 32, 64, 128]),
     zeros=st.booleans(),
     half=st.booleans(),
     seed=st.integers(0, 9),

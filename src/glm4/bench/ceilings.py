@@ -14,6 +14,8 @@ from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import Checkpoint
 from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.utils import tensor_specs
+from glm4.ops.cpu import library
+from glm4.ops.cpu.memory import huge_page_tensor
 from glm4.options import EngineOptions
 from glm4.quantization.layout import Layout
 
@@ -56,6 +58,7 @@ def measure_ceilings(options: EngineOptions) -> Ceilings:
     """Measure where `options` would run, before the model takes the memory. Raises what `LLM` raises for them."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    library.set_threads(torch.get_num_threads())
     checkpoint = Checkpoint.open(ModelFolder.open(options.model))
     device = devices.select_device(options.device, options.device_id)
     dtype = devices.select_dtype(options.dtype, checkpoint.info("model.embed_tokens.weight").dtype, device)
@@ -63,7 +66,10 @@ def measure_ceilings(options: EngineOptions) -> Ceilings:
 
 
 def read_speed(device: torch.device) -> float:
-    """Bytes a second of a sum over a large buffer."""
+    """Bytes a second of a plain read of a large buffer; on a CPU by the native kernels, on huge pages, where there are."""
+    if device.type == "cpu" and (kernels := library.load()):
+        memory = huge_page_tensor((_BUFFER_BYTES,), torch.uint8).fill_(1)
+        return _BUFFER_BYTES / _fastest(lambda: kernels.glm4_read_stream(memory.data_ptr(), _BUFFER_BYTES), device)
     buffer = torch.ones(_BUFFER_BYTES // 4, dtype=torch.float32, device=device)
     return _BUFFER_BYTES / _fastest(buffer.sum, device)
 
@@ -77,7 +83,7 @@ def multiply_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def _fastest(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several rounds; slower ones were disturbed."""
     work()
     times = []

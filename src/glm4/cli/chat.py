@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glm4.agent.functions import load_tools
 from glm4.cli.common import (
     check_utf8,
     engine_options,
@@ -20,33 +20,28 @@ from glm4.cli.common import (
     sampling_option,
     verbose_option,
 )
-from glm4.cli.generate import show
-from glm4.errors import Glm4Error, OptionError, OutputError
-from glm4.options import nearest
+from glm4.cli.conversation import Conversation
+from glm4.cli.toolbox import Toolbox
+from glm4.errors import Glm4Error, OptionError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from glm4.engine.llm import LLM
 
-    from glm4.engine.llm import LLM, Message
-    from glm4.engine.request import RequestOutput
-    from glm4.options import SamplingParams
-
-_HELP = {
-    "/clear": "forget the conversation",
-    "/system TEXT": "say what the model should know or be, and start again",
-    "/retry": "answer the last question again",
-    "/undo": "take the last question and answer back",
-    "/save FILE": "write the conversation as JSON",
-    "/stats": "tokens a second of the last answer",
-    "/help": "this list",
-    "/exit": "leave (or Ctrl-D)",
-}
+_MAX_ROUNDS = 16
 
 
 @click.command("chat", short_help="talk to a model")
 @model_option
 @click.option("-s", "--system", metavar="TEXT", help="what the model should know or be")
 @sampling_option
+@click.option("--tools", metavar="FILE.py", help="Python functions that the model may call (docs/agents.md)")
+@click.option("--yes", is_flag=True, help="make the model's calls without a question before each")
+@click.option(
+    "--max-rounds",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"rounds of calls for one question at most [default: {_MAX_ROUNDS}]",
+)
 @click.option("--hide-thoughts", is_flag=True, help="GLM-Z1: show only the answers")
 @verbose_option
 @engine_options
@@ -54,6 +49,9 @@ def command(
     model: str | None,
     system: str | None,
     sampling: tuple[tuple[str, str], ...],
+    tools: str | None,
+    yes: bool,
+    max_rounds: int | None,
     hide_thoughts: bool,
     **options: Any,
 ) -> None:
@@ -63,13 +61,19 @@ def command(
     Examples:
       glm4 chat -m /path/hf_dir
       glm4 chat -m DIR -s '你是一名导游' -o temperature 0.7
+      glm4 chat -m DIR --tools examples/agent/tools.py
     """
     check_utf8(system or "", "--system")
     params = sampling_from(sampling, one_text=True)
+    toolbox = _open_toolbox(tools, yes, max_rounds)
     llm = load(model, options)
     if not llm.has_chat_template:
         raise OptionError(f"{model} has no chat template, as base models do: use `glm4 generate --raw`")
-    chat = Chat(llm, params, system, hide_thoughts)
+    if toolbox:
+        _check_takes_tools(llm, toolbox)
+    chat = Conversation(
+        llm, params, system, hide_thoughts=hide_thoughts, toolbox=toolbox, max_rounds=max_rounds or _MAX_ROUNDS
+    )
     if sys.stdin.isatty():
         click.echo("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands; end a line with \\ to go on.")
         _keep_history()
@@ -83,101 +87,24 @@ def command(
             click.echo(" (stopped)")
 
 
-class Chat:
-    """The conversation so far, and what one line from the user does to it."""
-
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, hide_thoughts: bool) -> None:
-        self.llm, self.params, self.hide_thoughts = llm, params, hide_thoughts
-        self.messages: list[Message] = []
-        self.start(system)
-
-    def start(self, system: str | None) -> None:
-        """Begin again with this system prompt, or none."""
-        self.system = system
-        self.messages = [{"role": "system", "content": system}] if system else []
-
-    def take(self, text: str) -> bool:
-        """Answer a line, or obey it if it is a command; False when it says to leave."""
-        if not text.strip():
-            return True
-        check_utf8(text, "that line")
-        if text.startswith("/"):
-            return self._obey(*text.split(maxsplit=1))
-        self.messages.append({"role": "user", "content": text})
-        try:
-            self._answer()
-        except (Glm4Error, KeyboardInterrupt):
-            self.messages.pop()
-            raise
-        return True
-
-    def _answer(self) -> None:
-        outputs = _Latest(self.llm.stream(self.messages, self.params))
-        try:
-            show(outputs, thinks=self.llm.thinks, hide_thoughts=self.hide_thoughts)
-        except KeyboardInterrupt:
-            outputs.close()
-            click.echo(" (stopped)")
-        self.messages.append({"role": "assistant", "content": outputs.text})
-
-    def _obey(self, name: str, rest: str = "") -> bool:
-        match name:
-            case "/exit" | "/quit":
-                return False
-            case "/help":
-                for what, meaning in _HELP.items():
-                    click.echo(f"  {what:<14} {meaning}")
-            case "/clear":
-                self.start(self.system)
-            case "/system":
-                self.start(rest or None)
-            case "/undo" | "/retry":
-                self._take_back(again=name == "/retry")
-            case "/save":
-                self._save(rest)
-            case "/stats":
-                click.echo("; ".join(self.llm.last_stats.lines()))
-            case _:
-                known = [what.split()[0] for what in _HELP]
-                click.echo(f"unknown command {name!r}{nearest(name, known)} (begin a question with a space)")
-        return True
-
-    def _take_back(self, again: bool) -> None:
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            click.echo("nothing has been said yet")
-            return
-        self.messages.pop()
-        question = self.messages.pop()
-        if again:
-            self.take(question["content"])
-
-    def _save(self, name: str) -> None:
-        if not name:
-            click.echo("say where: /save FILE")
-            return
-        text = json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n"
-        try:
-            Path(name).expanduser().write_text(text, encoding="utf-8")
-        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user that is not known
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise OutputError(f"{name}: {reason}; choose another file") from error
-        click.echo(f"{len(self.messages)} messages written to {name}")
+def _open_toolbox(file: str | None, yes: bool, max_rounds: int | None) -> Toolbox | None:
+    """The tools in `file`, if there is one. Raises OptionError for flags that do not go together."""
+    if file is None:
+        if yes or max_rounds:
+            flag = "--yes" if yes else "--max-rounds"
+            raise OptionError(f"{flag} is about tools, and there are none: add --tools FILE.py")
+        return None
+    if not yes and not sys.stdin.isatty():  # the replies would be taken from among the questions
+        raise OptionError("--tools asks before each call, and standard input is no terminal: add --yes, or type")
+    return Toolbox(load_tools(file), ask=not yes)
 
 
-class _Latest:
-    """An answer's outputs, remembering the words so far, so that a stopped answer stays in the conversation."""
-
-    def __init__(self, outputs: Generator[RequestOutput]) -> None:
-        self.outputs, self.text = outputs, ""
-
-    def __iter__(self) -> Iterator[RequestOutput]:
-        for output in self.outputs:
-            self.text = output.text
-            yield output
-
-    def close(self) -> None:
-        """End the request."""
-        self.outputs.close()
+def _check_takes_tools(llm: LLM, toolbox: Toolbox) -> None:
+    """Raise OptionError where the model's chat template has no place for tools."""
+    try:
+        llm.encode_chat([{"role": "user", "content": "?"}], toolbox.specs)
+    except PromptError as error:
+        raise OptionError(f"--{error}") from error
 
 
 def _read_turn() -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glm4.api.answer import Answer, AnswerForm
 from glm4.cli.common import (
     check_utf8,
     engine_options,
@@ -21,6 +22,7 @@ from glm4.errors import OptionError, PromptError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from glm4.api.answer import Part
     from glm4.engine.request import RequestOutput
 
 
@@ -65,7 +67,7 @@ def command(
     else:
         messages = [{"role": "system", "content": system}] if system else []
         outputs = llm.stream([*messages, {"role": "user", "content": text}], params)
-    last = show(outputs, thinks=llm.thinks and not raw, hide_thoughts=hide_thoughts)
+    last = show(outputs, AnswerForm(llm.thinks and not raw), Answer(), hide_thoughts=hide_thoughts)
     if last.finish_reason == "length":
         count = len(last.token_ids)
         click.echo(f"(stopped after {count} token{'' if count == 1 else 's'}, the limit)", err=True)
@@ -92,24 +94,33 @@ def read_prompt(words: tuple[str, ...]) -> str:
     return text
 
 
-def show(outputs: Iterable[RequestOutput], *, thinks: bool, hide_thoughts: bool = False) -> RequestOutput:
-    """Write an answer to stdout as it comes, its thoughts dimmed to stderr, and return its last state."""
-    from glm4.text.reasoning import ThoughtSplitter
+def show(
+    outputs: Iterable[RequestOutput], form: AnswerForm, answer: Answer, *, hide_thoughts: bool = False
+) -> RequestOutput:
+    """Write an answer to stdout as it comes, its thoughts dimmed to stderr, and return its last state.
 
-    splitter = ThoughtSplitter(inside=thinks)
+    `answer` grows with it, so that its caller has what there is of an answer that was stopped, and its tool calls.
+    """
+    parser = form.parser()
     last = None
 
-    def write(pieces: Sequence[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            if kind == "answer":
+    def write(parts: Sequence[Part]) -> None:
+        for kind, text in parts:
+            answer.add((kind, text))
+            if kind == "text":
                 sys.stdout.write(text)
                 sys.stdout.flush()
-            elif not hide_thoughts:
+            elif kind == "thought" and not hide_thoughts:
                 click.secho(text, dim=True, nl=False, err=True)
 
-    for last in outputs:
-        write(splitter.push(last.delta))
-    write(splitter.finish())
-    click.echo()
+    try:
+        for last in outputs:
+            write(parser.push(last.delta))
+    finally:
+        write(parser.finish())
+    if answer.text or not answer.calls:
+        click.echo()
+    elif answer.thought and not hide_thoughts:
+        click.echo(err=True)
     assert last is not None  # a request gives at least one output
     return last

@@ -21,6 +21,9 @@ from glm4.options import EngineOptions, ServerOptions, nearest, options_from
 
 _OPTIONS: dict[str, Field[Any]] = {f.name: f for cls in (EngineOptions, ServerOptions) for f in fields(cls)}
 
+_SERVED = {"step_stretch": "1.8"}
+"""What is different when many are served: a long prompt must not stop everyone's answers."""
+
 
 @click.command("serve", short_help="serve the APIs of OpenAI and Anthropic")
 @model_option
@@ -43,7 +46,7 @@ def command(model: str | None, config: str | None, **flags: Any) -> None:
       glm4 serve -m demo/glm4-demo --max-queue 16 --max-answer-tokens 2000
     """
     said = {name: value for name, value in {"model": model, **flags}.items() if value not in (None, ())}
-    values = {**(_read_config(config) if config else {}), **_from_environment(os.environ), **said}
+    values = {**_SERVED, **(_read_config(config) if config else {}), **_from_environment(os.environ), **said}
     server = options_from(ServerOptions, _of(ServerOptions, values))
     engine = options_from(EngineOptions, _of(EngineOptions, values))
     if not engine.model:

@@ -41,15 +41,14 @@ class SamplingState:
 class Sampler:
     """Picks one token for each row of logits."""
 
-    def __init__(self, vocab_size: int, unknown_ids: list[int]) -> None:
+    def __init__(self, unknown_ids: list[int]) -> None:
         """`unknown_ids`: rows of the vocabulary that the tokenizer has no token for; they are never picked."""
-        self._unknown = torch.zeros(vocab_size, dtype=torch.bool)
-        self._unknown[unknown_ids] = True
+        self._unknown = torch.tensor(unknown_ids, dtype=torch.int64)
 
     def mask_unknown(self, logits: Tensor) -> None:
         """Make the unknown ids of `logits` (float32 [rows, vocab_size]) impossible, in place."""
         self._unknown = self._unknown.to(logits.device)
-        logits.masked_fill_(self._unknown, -torch.inf)
+        logits.index_fill_(-1, self._unknown, -torch.inf)
 
     def __call__(
         self, logits: Tensor, states: list[SamplingState], allowed: dict[int, bytes] | None = None

@@ -28,8 +28,10 @@ from glm4.server.gate import Gate
 from glm4.server.metrics import Metrics
 from glm4.server.openai import OpenAIEndpoints
 from glm4.server.openapi import Description, Operation
+from glm4.server.page import page_routes
 from glm4.server.service import Service
 from glm4.server.tokens import DetokenizeBody, OwnEndpoints, TokenizeBody
+from glm4.server.tracing import traced
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -41,13 +43,13 @@ def create_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
     endpoints = _endpoints(service)
     description = Description([operation for operation, _ in endpoints])
     routes = [Route(each.path, endpoint, methods=[each.method]) for each, endpoint in endpoints]
-    routes += [Route("/openapi.json", description.openapi), Route("/docs", description.docs)]
+    routes += [Route("/openapi.json", description.openapi), Route("/docs", description.docs), *page_routes()]
     handlers: dict[Any, Any] = dict.fromkeys((HttpError, Glm4Error, HTTPException, Exception), respond)
     app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
     app = Gate(app, options, metrics, [route.path for route in routes])
     if options.cors_origins:
         app = CORSMiddleware(app, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    return app
+    return traced(app)
 
 
 def _endpoints(service: Service) -> list[tuple[Operation, Endpoint]]:

@@ -22,8 +22,8 @@ from glm4.server.errors import HttpError
 from glm4.server.metrics import Metrics
 from glm4.server.streams import ClientGone
 
-OPEN_PATHS = frozenset(["/health", "/health/live", "/docs", "/openapi.json"])
-"""What needs no key: it says nothing that is not public, or only whether the server is well."""
+OPEN_PATHS = frozenset(["/", "/health", "/health/live", "/docs", "/openapi.json"])
+"""What needs no key, beside the page: it says nothing that is not public, or only whether the server is well."""
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 log = logging.getLogger("glm4.server")
@@ -67,7 +67,8 @@ class Gate:
             self._record(facts, time.perf_counter() - started)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if self._keys and scope["path"] not in OPEN_PATHS:
+        path = scope["path"]
+        if self._keys and path not in OPEN_PATHS and not path.startswith("/page/"):
             bearer = headers.get("authorization", "").partition(" ")
             key = bearer[2].strip() if bearer[0].lower() == "bearer" else headers.get("x-api-key", "")
             digest = _digest(key)

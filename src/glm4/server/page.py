@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 _MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
@@ -30,12 +30,12 @@ SECURITY_HEADERS = {
 """No script, style or request but the page's own, so that no word of a model can become one."""
 
 
-def page_routes() -> list[BaseRoute]:
-    """`/`, and `/page/NAME` for every file of the page; they are read once, here."""
+def page_routes() -> list[Route]:
+    """`/`, and `/page/NAME` for every other file; they are read once, here."""
     folder = files(__package__) / "page"
     parts = {file.name: _Part(file) for file in folder.iterdir() if file.is_file()}
-    routes: list[BaseRoute] = [Route(f"/page/{name}", part.respond) for name, part in sorted(parts.items())]
-    return [Route("/", parts["index.html"].respond), *routes]
+    index = parts.pop("index.html")
+    return [Route("/", index.respond), *(Route(f"/page/{name}", part.respond) for name, part in sorted(parts.items()))]
 
 
 class _Part:

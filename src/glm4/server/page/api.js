@@ -36,13 +36,23 @@ export async function* streamChat(body, signal) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
+  let complete = false;
   for await (const data of events(response.body)) {
-    if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
+    complete = data === "[DONE]";
+    if (complete) continue;
+    const chunk = parsed(data);
     if (chunk.error) throw new ApiError(chunk.error.code, chunk.error.message);
     yield chunk;
   }
-  throw new ApiError(0, say("broken"));
+  if (!complete) throw new ApiError(0, say("broken"));
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ApiError(0, say("broken")); // something between here and the server wrote into the stream
+  }
 }
 
 async function request(path, options) {

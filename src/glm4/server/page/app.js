@@ -1,8 +1,8 @@
 // The page: which conversation is open, what is asked, and what the buttons do.
 
 import { listModels } from "./api.js";
-import { fill, requestBody } from "./chat.js";
-import { asked, askKey, confirmed, editSettings, showBadTools } from "./dialogs.js";
+import { fill, modelOf, requestBody } from "./chat.js";
+import { asked, askKey, confirmed, editSettings } from "./dialogs.js";
 import { el, grow } from "./dom.js";
 import * as store from "./store.js";
 import { sendOnEnter, viewOf } from "./view.js";
@@ -42,11 +42,12 @@ function showConversation() {
 /** What is around the messages. */
 function showFrame() {
   const title = open.title || say("unnamed");
-  const model = open.settings.model || models[0] || "";
+  const model = modelOf(open, models);
   byId("title").textContent = title;
   byId("model").textContent = model;
   byId("message").placeholder = say("messageHow", { model }).trim();
   byId("welcome").hidden = open.messages.length > 0;
+  byId("messages").classList.toggle("busy", runs.has(open.id));
   byId("stop").hidden = !runs.has(open.id);
   byId("send").hidden = runs.has(open.id);
   showList();
@@ -89,6 +90,7 @@ function isAtEnd() {
 
 function toEnd() {
   scroller.scrollTop = scroller.scrollHeight;
+  byId("to-end").hidden = true;
 }
 
 scroller.addEventListener("scroll", () => (byId("to-end").hidden = isAtEnd()));
@@ -124,17 +126,17 @@ function cut(index) {
 /** Ask for the next answer in the open conversation. */
 async function answer() {
   const conversation = open;
+  const message = store.blankAnswer();
   let body;
   try {
-    body = requestBody(conversation, conversation.messages);
+    body = requestBody(conversation, models);
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
+    add(Object.assign(message, { end: "error", error: say("badTools", { reason: error.message }) }));
     keep(conversation);
     showFrame();
-    showBadTools(conversation, models, settingsChanged);
     return;
   }
-  const message = store.blankAnswer();
   const controller = new AbortController();
   runs.set(conversation.id, { conversation, message, controller });
   add(message);
@@ -143,8 +145,7 @@ async function answer() {
   toEnd();
   byId("status").textContent = say("waiting");
   const failure = await fill(message, body, controller.signal, () => showSoon(message, conversation));
-  runs.delete(conversation.id);
-  if (conversation.messages.at(-1) !== message) return; // it was deleted meanwhile
+  if (!runs.delete(conversation.id)) return; // the conversation was deleted meanwhile
   keep(conversation);
   show(message);
   showFrame();
@@ -159,7 +160,7 @@ let saved = 0;
 function showSoon(message, conversation) {
   if (!waiting.size) requestAnimationFrame(() => [...waiting].forEach(show));
   waiting.add(message);
-  if (performance.now() - saved > SAVE_EVERY) {
+  if (performance.now() - saved > SAVE_EVERY && runs.has(conversation.id)) {
     saved = performance.now();
     keep(conversation);
   }
@@ -223,14 +224,14 @@ function stop() {
 function choose(id) {
   open = store.load(id) ?? store.blank(open.settings);
   showConversation();
-  showSide(!narrow.matches);
-  if (!narrow.matches) byId("message").focus();
+  if (narrow.matches) showSide(false);
+  else byId("message").focus();
 }
 
 function begin() {
   open = store.blank(open.settings);
   showConversation();
-  showSide(!narrow.matches);
+  if (narrow.matches) showSide(false);
   byId("message").focus();
 }
 
@@ -246,7 +247,7 @@ async function removeOpen() {
   const conversation = open;
   if (!(await confirmed(say("removeHow", { title: conversation.title || say("unnamed") })))) return;
   runs.get(conversation.id)?.controller.abort();
-  conversation.messages = [];
+  runs.delete(conversation.id);
   store.remove(conversation.id);
   begin();
 }
@@ -277,9 +278,9 @@ function settingsChanged() {
 
 function showSide(shown) {
   document.body.classList.toggle("side", shown);
+  document.querySelector("main").inert = shown && narrow.matches; // it lies below
 }
 
-/** An answer that was deleted while it came must not come back. */
 on("composer", (event) => (event.preventDefault(), send()), "submit");
 on("message", ({ target }) => grow(target), "input");
 sendOnEnter(byId("message"), send);
@@ -314,7 +315,11 @@ document.addEventListener("keydown", (event) => {
     byId("open-side").focus();
   } else if (runs.has(open.id)) stop();
 });
-addEventListener("pagehide", () => [...runs.values()].forEach(({ conversation }) => keep(conversation)));
+addEventListener("pagehide", () => {
+  for (const { conversation } of runs.values()) keep(conversation);
+  runs.clear(); // what breaks off from here on is no news
+});
+addEventListener("pageshow", (event) => event.persisted && location.reload());
 addEventListener("storage", (event) => {
   const id = store.changedId(event); // another tab has changed it
   if (id === undefined) return;

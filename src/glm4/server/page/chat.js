@@ -2,11 +2,18 @@
 
 import { ApiError, streamChat } from "./api.js";
 
-/** The body of a request for the next answer to `messages`. Throws SyntaxError for tools that are no JSON list. */
-export function requestBody({ settings }, messages) {
+/** The model that is to answer; the one that was chosen may be served no more. */
+export function modelOf({ settings }, models) {
+  return models.includes(settings.model) ? settings.model : (models[0] ?? "");
+}
+
+/** The body of a request for the next answer. Throws SyntaxError for tools that are no JSON list. */
+export function requestBody(conversation, models) {
+  const { settings, messages } = conversation;
   const body = { messages: messages.flatMap(apiMessages) };
   if (settings.system.trim()) body.messages.unshift({ role: "system", content: settings.system });
-  if (settings.model) body.model = settings.model;
+  const model = modelOf(conversation, models);
+  if (model) body.model = model;
   for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
     if (settings[name] !== "") body[name] = Number(settings[name]);
   }
@@ -42,29 +49,27 @@ function apiMessages(message) {
 
 /** Fill `answer` as it comes, and call `changed` after each piece. Gives the ApiError that ended it, if one did. */
 export async function fill(answer, body, signal, changed) {
-  let first = performance.now();
+  const started = performance.now();
+  let end = "stop";
   let failure;
   try {
     for await (const chunk of streamChat(body, signal)) {
-      if (!answer.content && !answer.reasoning) first = performance.now();
+      end = chunk.choices[0]?.finish_reason ?? end;
       take(answer, chunk);
       changed();
     }
   } catch (error) {
-    if (error.name === "AbortError") answer.end = "stopped";
-    else if (!(error instanceof ApiError)) throw error;
-    else {
-      failure = error;
-      Object.assign(answer, { end: "error", error: error.message });
-    }
+    if (error.name === "AbortError") end = "stopped";
+    else if (error instanceof ApiError) [end, failure, answer.error] = ["error", error, error.message];
+    else throw error;
   }
-  answer.seconds = (performance.now() - first) / 1000;
+  answer.seconds = (performance.now() - started) / 1000;
+  answer.end = end;
   return failure;
 }
 
-function take(answer, chunk) {
-  if (chunk.usage) answer.usage = chunk.usage.completion_tokens;
-  const [choice] = chunk.choices;
+function take(answer, { usage, choices: [choice] }) {
+  if (usage) answer.usage = usage.completion_tokens;
   if (choice === undefined) return;
   const { delta } = choice;
   answer.content += delta.content ?? "";
@@ -73,5 +78,4 @@ function take(answer, chunk) {
     answer.calls[index] ??= { id, name: called.name, arguments: "", result: null };
     answer.calls[index].arguments += called.arguments;
   }
-  if (choice.finish_reason) answer.end = choice.finish_reason;
 }

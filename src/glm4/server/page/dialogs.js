@@ -1,7 +1,7 @@
 // The dialogs: a question, the API key, and the settings of a conversation.
 
 import { apiKey, setApiKey } from "./api.js";
-import { readTools } from "./chat.js";
+import { modelOf, readTools } from "./chat.js";
 import { el } from "./dom.js";
 import { say } from "./words.js";
 
@@ -55,16 +55,16 @@ export async function askKey(reason) {
 const form = byId("settings").querySelector("form");
 
 /** Show the settings of a conversation; `changed` is called after each change. */
-export function editSettings({ settings }, models, changed) {
-  const options = ["", ...models].map((name) => el("option", { value: name }, name || models[0] || ""));
-  form.elements.model.replaceChildren(...(models.length > 1 ? options.slice(1) : options));
+export function editSettings(conversation, models, changed) {
+  const { settings } = conversation;
+  form.elements.model.replaceChildren(...models.map((name) => el("option", { value: name }, name)));
   byId("model-field").hidden = models.length < 2;
   for (const [name, value] of Object.entries(settings)) {
     const field = form.elements[name];
     if (field.type === "checkbox") field.checked = value;
     else field.value = value;
   }
-  if (!settings.model && models.length > 1) form.elements.model.value = models[0];
+  form.elements.model.value = modelOf(conversation, models);
   checkTools();
   form.oninput = ({ target }) => {
     if (!Object.hasOwn(settings, target.name)) return;
@@ -73,12 +73,6 @@ export function editSettings({ settings }, models, changed) {
     changed();
   };
   byId("settings").showModal();
-}
-
-/** Show the settings, and what is wrong with the tools. */
-export function showBadTools(conversation, models, changed) {
-  editSettings(conversation, models, changed);
-  form.elements.tools.focus();
 }
 
 function checkTools() {

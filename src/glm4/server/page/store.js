@@ -100,8 +100,9 @@ function readMessage(value) {
   if (value?.role !== "assistant") return undefined;
   const message = blankAnswer();
   for (const name of ["content", "reasoning", "end"]) message[name] = text(value[name]);
-  for (const name of ["error", "usage", "seconds"]) {
-    if (["string", "number"].includes(typeof value[name])) message[name] = value[name];
+  if (typeof value.error === "string") message.error = value.error;
+  if (typeof value.usage === "number" && typeof value.seconds === "number") {
+    [message.usage, message.seconds] = [value.usage, value.seconds];
   }
   if (Array.isArray(value.calls)) message.calls = value.calls.map(readCall);
   message.end ||= "interrupted";

@@ -92,12 +92,13 @@ class AnswerView {
     const { end, usage, seconds } = this.#message;
     const ends = { stopped: "stopped", interrupted: "interrupted", length: "cut" };
     const notes = Object.hasOwn(ends, end) ? [say(ends[end])] : [];
-    if (usage) notes.push(say("usage", { tokens: usage, speed: (usage / Math.max(seconds, 0.001)).toFixed(0) }));
+    if (usage) notes.push(say("usage", { tokens: usage, seconds: seconds.toFixed(1) }));
     return notes.join(" · ");
   }
 
   #sendResults() {
     for (const view of this.#calls) view.take();
+    this.#end();
     this.#act.sendResults(this.#message);
   }
 }
@@ -200,10 +201,13 @@ function editText(node, button, message, label, done) {
   input.focus();
 }
 
-/** Enter sends, Shift+Enter begins a line, and Enter that picks a word from an input method does neither. */
+/**
+ * Enter sends, Shift+Enter begins a line, and Enter that picks a word from an input method does neither: Safari says of
+ * that one only by its old key code.
+ */
 export function sendOnEnter(textarea, send) {
   textarea.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     send();
   });

@@ -56,7 +56,7 @@ export const LANGUAGES = {
     stopped: "Stopped",
     interrupted: "The page was closed before the answer ended",
     cut: "Cut off at the token limit",
-    usage: "{tokens} tokens · {speed} per second",
+    usage: "{tokens} tokens in {seconds} s",
     answered: "Answer: {text}",
     offline: "The server cannot be reached: {reason}",
     broken: "The connection broke off before the answer ended",
@@ -71,13 +71,13 @@ export const LANGUAGES = {
     temperature: "Temperature",
     topP: "Top p",
     topK: "Top k",
-    maxTokens: "Most tokens",
+    maxTokens: "Max tokens",
     seed: "Seed",
     think: "Think before answering",
     thinkHow: "For models that do (GLM-Z1)",
     tools: "Tools",
     toolsHow: "A JSON list of functions as OpenAI's API describes them. You are the one who runs them.",
-    badTools: "This is not a JSON list: {reason}",
+    badTools: "The tools are not a JSON list: {reason}",
     apiKey: "API key",
     apiKeyHow: "The server asks for a key. It is sent to this server alone.",
     remember: "Keep it in this browser",
@@ -137,7 +137,7 @@ export const LANGUAGES = {
     stopped: "已停止",
     interrupted: "页面在回答结束前关闭了",
     cut: "达到 token 上限，回答被截断",
-    usage: "{tokens} 个 token · 每秒 {speed} 个",
+    usage: "{tokens} 个 token，{seconds} 秒",
     answered: "回答：{text}",
     offline: "无法连接服务器：{reason}",
     broken: "连接在回答结束前中断了",
@@ -158,7 +158,7 @@ export const LANGUAGES = {
     thinkHow: "适用于会思考的模型（GLM-Z1）",
     tools: "工具",
     toolsHow: "JSON 列表，格式同 OpenAI API 的函数说明。工具由您来执行。",
-    badTools: "这不是 JSON 列表：{reason}",
+    badTools: "工具不是 JSON 列表：{reason}",
     apiKey: "API 密钥",
     apiKeyHow: "服务器要求密钥。密钥只发送给这台服务器。",
     remember: "保存在这个浏览器里",
@@ -188,7 +188,7 @@ export function writeWords(root = document) {
   for (const node of root.querySelectorAll("[data-say]")) node.textContent = say(node.dataset.say);
   for (const node of root.querySelectorAll("[data-hint]")) node.placeholder = say(node.dataset.hint);
   for (const node of root.querySelectorAll("[data-label]")) {
-    node.title = say(node.dataset.label);
-    node.setAttribute("aria-label", node.title);
+    node.setAttribute("aria-label", say(node.dataset.label));
+    if (node.matches("button")) node.title = say(node.dataset.label);
   }
 }
