@@ -187,7 +187,7 @@ def gives(value: Any) -> Callable[[], Any]:
         (Place("西湖", 5.0), '{"name": "西湖", "height": 5.0}'),
         ([Unit.CELSIUS, date(2025, 4, 14), {1: (2,)}], '["celsius", "2025-04-14", {"1": [2]}]'),
         (ValueError("no such city"), '{"error": "ValueError: no such city"}'),
-        (KeyError("\udcff"), '{"error": "KeyError: \'?\'"}'),
+        (ValueError("\udcff"), '{"error": "ValueError: ?"}'),
         (SystemExit(3), '{"error": "SystemExit: 3"}'),
         (object(), '{"error": "TypeError: Encoding objects of type object is unsupported"}'),
     ],
@@ -248,6 +248,10 @@ SIMPLE = "use str, int, float, bool, list or dict"
 REFUSED = [
     ("def f(x: str): pass", "f: no docstring; say in one what the function does, for the model reads it"),
     ("def f(x): 'Do.'", "f: x has no type hint; add one, such as x: str"),
+    (
+        "def f(__x: int): 'Do.'",
+        "f: __x begins with two underscores; choose a name that the model can read",
+    ),
     ("def f(*x: int): 'Do.'", f"f: *x: int takes any number of values, {NAMED}"),
     ("def f(**x: int): 'Do.'", f"f: **x: int takes any name, {NAMED}"),
     ("def f(x: int, /): 'Do.'", f"f: x: int can only be given by position, {NAMED}"),
@@ -328,6 +332,17 @@ alias = second
     file.write_text(code + "__all__ = ['helped']\n")
     [helped] = load_tools(file)
     assert helped.call('{"x": 4}') == "8"
+
+
+def test_parameters_may_have_any_other_name() -> None:
+    def odd(self: int, _x: int, type: int, odd: int, holder: int, properties: int, title: int, 城市: int) -> list[int]:
+        """Give them back."""
+        return [self, _x, type, odd, holder, properties, title, 城市]
+
+    tool = FunctionTool.of(odd)
+    names = list(tool.spec["function"]["parameters"]["properties"])
+    assert names == ["self", "_x", "type", "odd", "holder", "properties", "title", "城市"]
+    assert json.loads(tool.call(json.dumps({name: at for at, name in enumerate(names)}))) == list(range(8))
 
 
 def test_a_docstring_keeps_what_is_not_about_arguments() -> None:

@@ -341,9 +341,12 @@ def test_the_question_before_each_call(terminal: Terminal) -> None:
         terminal.say("/save chat.json")
         assert results(json.loads(Path("chat.json").read_text("utf-8"))) == ['{"error": "the user refused this call"}']
 
-    ask()
+    terminal.say("/clear")
+    terminal.type("63减26等于多少\ny\n")  # a reply before there is a question
+    terminal.wait_for(QUESTION)
     terminal.type("what?\n")
     terminal.wait_for(QUESTION)  # again
+    assert "←" not in terminal.text
     terminal.type("y\n")
     assert '← {"result": 37}' in terminal.wait_for(">>> ")
     ask()

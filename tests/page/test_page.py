@@ -70,7 +70,8 @@ def test_regenerate_and_edit(page: Page) -> None:
     ask(page, "Tell me about Beijing")
     bodies = asked_for(page)
     answer = ended(page)
-    answer.get_by_role("button", name="Answer again").click()
+    answer.get_by_role("button", name="Answer again").press("Enter")
+    expect(page.locator("#message")).to_be_focused()
     expect(ended(page)).to_contain_text(BEIJING)
     ask(page, "What is my name?")
 

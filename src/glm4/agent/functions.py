@@ -75,9 +75,9 @@ def error_result(reason: str) -> str:
 
 
 def _as_text(result: Any) -> str:
-    if not isinstance(result, str):
-        result = json.dumps(msgspec.to_builtins(result, str_keys=True), ensure_ascii=False)
-    return result.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    is_text = isinstance(result, str)
+    text: str = result if is_text else json.dumps(msgspec.to_builtins(result, str_keys=True), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
 def load_tools(file: str | Path) -> list[FunctionTool]:

@@ -67,6 +67,8 @@ def _field(parameter: inspect.Parameter, hints: Mapping[str, Any], texts: Mappin
     name = parameter.name
     if parameter.kind in _NO_NAMES:
         raise OptionError(f"{where}: {parameter} {_NO_NAMES[parameter.kind]}, and arguments in JSON have a name each")
+    if name.startswith("__"):  # Python has uses of its own for them
+        raise OptionError(f"{where}: {name} begins with two underscores; choose a name that the model can read")
     if name not in hints:
         raise OptionError(f"{where}: {name} has no type hint; add one, such as {name}: str")
     hint = hints[name]
@@ -83,11 +85,11 @@ def _schema_of(field: _Field, where: str) -> Json:
     """The JSON schema of one parameter. Raises OptionError where JSON has no form for its type or default."""
     try:
         holder = msgspec.defstruct("holder", [field])
-        (_,), definitions = msgspec.json.schema_components([holder], ref_template="{name}")
+        (reference,), definitions = msgspec.json.schema_components([holder], ref_template="{name}")
     except (TypeError, RecursionError) as error:
         reason = str(error).splitlines()[-1].rstrip(".")
         raise OptionError(f"{where} has no form in JSON: {reason}; use str, int, float, bool, list or dict") from error
-    return _spelled_out(definitions.pop("holder")["properties"][field[0]], definitions, where)
+    return _spelled_out(definitions[reference["$ref"]]["properties"][field[0]], definitions, where)
 
 
 def _spelled_out(schema: Json, definitions: Mapping[str, Json], where: str, within: tuple[str, ...] = ()) -> Json:

@@ -66,7 +66,7 @@ def measure_ceilings(options: EngineOptions) -> Ceilings:
 
 
 def read_speed(device: torch.device) -> float:
-    """Bytes a second of a plain read of a large buffer; on a CPU by the native kernels, on huge pages, where there are."""
+    """Bytes a second of a plain read of a large buffer: by the native kernels where a CPU has them, else a sum."""
     if device.type == "cpu" and (kernels := library.load()):
         memory = huge_page_tensor((_BUFFER_BYTES,), torch.uint8).fill_(1)
         return _BUFFER_BYTES / _fastest(lambda: kernels.glm4_read_stream(memory.data_ptr(), _BUFFER_BYTES), device)

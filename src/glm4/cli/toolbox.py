@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -71,6 +72,7 @@ def _ask(question: str) -> _Reply:
     """What the user replies; Ctrl-C and the end of the input mean no."""
     while True:
         try:
+            _forget_typed_ahead()
             click.echo(question, nl=False, err=True)
             line = sys.stdin.readline()  # input() would put the reply among the questions that the up arrow brings back
         except KeyboardInterrupt:
@@ -81,6 +83,16 @@ def _ask(question: str) -> _Reply:
         reply = _REPLIES.get(line.strip().lower())
         if reply is not None:
             return reply
+
+
+def _forget_typed_ahead() -> None:
+    """Drop what was typed before the question appeared: it is no reply to it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return
+    with contextlib.suppress(termios.error):  # no terminal
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,7 @@ class Linear:
         tokens = x.shape[0]
         if x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
-        if tokens <= FEW_TOKENS and computes(x):
+        if tokens <= FEW_TOKENS and computes(x) and self.weight.is_contiguous():
             return bf16_linear(x, self.weight, self._wide_bias)
         padded = F.pad(x, (0, 0, 0, padded_rows(tokens) - tokens))
         return F.linear(padded, self.weight, self.bias)[:tokens]

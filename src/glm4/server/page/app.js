@@ -56,8 +56,9 @@ function showFrame() {
 function showList() {
   const items = store.loadAll().map((conversation) => {
     const isOpen = conversation.id === open.id;
-    const attributes = { type: "button", "aria-current": isOpen ? "page" : undefined, click: () => choose(conversation.id) };
+    const attributes = { type: "button", "aria-current": isOpen ? "page" : undefined };
     const button = el("button", attributes, conversation.title || say("unnamed"));
+    button.addEventListener("click", () => choose(conversation.id));
     button.classList.toggle("running", runs.has(conversation.id));
     return el("li", {}, button);
   });
@@ -204,6 +205,7 @@ const actions = {
   answerFrom(index) {
     if (runs.has(open.id)) return;
     cut(index);
+    toBox(); // the button that was pressed may be gone
     answer();
   },
 };
@@ -216,7 +218,12 @@ function renewed(message) {
 
 function stop() {
   runs.get(open.id)?.controller.abort();
-  byId("message").focus();
+  toBox();
+}
+
+/** Go to the message box, but not where that would bring up a keyboard over half of the screen. */
+function toBox() {
+  if (!narrow.matches) byId("message").focus();
 }
 
 // ---- conversations -----------------------------------------------------------------------------------------------
@@ -225,14 +232,14 @@ function choose(id) {
   open = store.load(id) ?? store.blank(open.settings);
   showConversation();
   if (narrow.matches) showSide(false);
-  else byId("message").focus();
+  toBox();
 }
 
 function begin() {
   open = store.blank(open.settings);
   showConversation();
   if (narrow.matches) showSide(false);
-  byId("message").focus();
+  toBox();
 }
 
 async function rename() {

@@ -27,7 +27,8 @@ export function icon(name) {
 
 /** A button that shows an icon and says `label` to those who do not see it. */
 export function iconButton(name, label, attributes = {}) {
-  return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, ...attributes }, icon(name));
+  const named = { type: "button", class: "icon-button", "aria-label": label, title: label };
+  return el("button", { ...named, ...attributes }, icon(name));
 }
 
 /** Let a textarea be as high as its text; its style sheet limits that. */

@@ -21,7 +21,9 @@ export const DEFAULTS = {
 };
 
 /** crypto.randomUUID() is missing where a page comes by http from another machine. */
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
 
 const text = (value) => (typeof value === "string" ? value : "");
 

@@ -12,12 +12,13 @@ export function viewOf(message, act) {
 
 class QuestionView {
   constructor(message, act) {
-    this.body = el("div", { class: "bubble" }, message.content);
-    const edit = iconButton("edit", say("edit"), { click: () => editText(this.node, edit, message, say("saveSend"), act.resend) });
-    this.node = el("article", { class: "question", "aria-label": say("you") }, this.body, el("div", { class: "actions" }, copyButton(message), edit));
+    const body = el("div", { class: "bubble" }, message.content);
+    const edit = iconButton("edit", say("edit"), {
+      click: () => editText(this.node, edit, message, say("saveSend"), act.resend),
+    });
+    const buttons = el("div", { class: "actions" }, copyButton(message), edit);
+    this.node = el("article", { class: "question", "aria-label": say("you") }, body, buttons);
   }
-
-  update() {}
 }
 
 class AnswerView {
@@ -34,7 +35,8 @@ class AnswerView {
     this.content = el("div", { class: "prose" });
     this.calls = el("div", { class: "calls" });
     this.foot = el("div", { class: "foot" });
-    this.node = el("article", { class: "answer", "aria-label": say("model") }, this.details, this.content, this.calls, this.foot);
+    const parts = [this.details, this.content, this.calls, this.foot];
+    this.node = el("article", { class: "answer", "aria-label": say("model") }, ...parts);
     this.markdown = new MarkdownView(this.content);
     this.thoughtMarkdown = new MarkdownView(this.thought);
     this.update();
@@ -72,11 +74,13 @@ class AnswerView {
     const parts = [];
     if (message.error) parts.push(el("p", { class: "wrong" }, message.error));
     if (this.#calls.some((view) => view.asks)) {
-      parts.push(el("button", { type: "button", class: "solid", click: () => this.#sendResults() }, say("sendResults")));
+      const send = () => this.#sendResults();
+      parts.push(el("button", { type: "button", class: "solid", click: send }, say("sendResults")));
     }
+    const click = () => this.#act.regenerate(message);
     const again = message.error
-      ? el("button", { type: "button", class: "solid", click: () => this.#act.regenerate(message) }, icon("again"), say("retry"))
-      : iconButton("again", say("regenerate"), { click: () => this.#act.regenerate(message) });
+      ? el("button", { type: "button", class: "solid", click }, icon("again"), say("retry"))
+      : iconButton("again", say("regenerate"), { click });
     const actions = el("div", { class: "actions" }, again);
     if (message.content) {
       const edit = iconButton("edit", say("edit"), {
@@ -151,7 +155,8 @@ class CallView {
   }
 
   #ask(value) {
-    this.#input = el("textarea", { rows: "2", "aria-label": say("result"), placeholder: say("resultHow"), class: "mono" });
+    const names = { "aria-label": say("result"), placeholder: say("resultHow") };
+    this.#input = el("textarea", { ...names, rows: "2", class: "mono" });
     this.#input.value = value;
     this.result.replaceChildren(this.#input);
   }
