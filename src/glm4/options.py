@@ -16,6 +16,8 @@ from typing import Any
 
 from glm4.errors import OptionError
 
+_MOST = 2**31 - 1
+"""Larger than any number of tokens."""
 DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
@@ -57,18 +59,24 @@ class SamplingParams:
     Raises OptionError when a value is outside its range.
     """
 
-    max_new_tokens: int | None = _option(None, "tokens to generate at most; none: until the model stops", low=1)
-    min_new_tokens: int | None = _option(None, "tokens to generate before the model may stop", low=0)
+    max_new_tokens: int | None = _option(
+        None, "tokens to generate at most; none: until the model stops", low=1, high=_MOST
+    )
+    min_new_tokens: int | None = _option(None, "tokens to generate before the model may stop", low=0, high=_MOST)
     do_sample: bool | None = _option(None, "draw tokens at random instead of taking the likeliest")
-    temperature: float | None = _option(None, "flatten (above 1) or sharpen (below 1) the distribution", low=0.0)
-    top_k: int | None = _option(None, "sample among the k likeliest tokens; 0: all", low=0)
+    temperature: float | None = _option(
+        None, "flatten (above 1) or sharpen (below 1) the distribution", low=0.0, high=100.0
+    )
+    top_k: int | None = _option(None, "sample among the k likeliest tokens; 0: all", low=0, high=_MOST)
     top_p: float | None = _option(
         None, "sample among the likeliest tokens that hold this probability", above=0.0, high=1.0
     )
     min_p: float | None = _option(
         None, "drop tokens below this share of the likeliest one's probability", low=0.0, high=1.0
     )
-    repetition_penalty: float | None = _option(None, "above 1: make tokens already seen less likely", above=0.0)
+    repetition_penalty: float | None = _option(
+        None, "above 1: make tokens already seen less likely", low=0.01, high=100.0
+    )
     presence_penalty: float | None = _option(
         None, "subtracted once from every token already generated", low=-2.0, high=2.0
     )
@@ -78,7 +86,7 @@ class SamplingParams:
     stop: tuple[str, ...] = _option((), "texts that end the answer (they are not part of it)")
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer, beside the folder's own", low=0)
     ignore_eos: bool | None = _option(None, "go on past the model's own end of answer")
-    seed: int | None = _option(None, "same seed, same words, whatever else runs beside it", low=0)
+    seed: int | None = _option(None, "same seed, same words, whatever else runs beside it", low=0, high=2**62)
     logit_bias: tuple[tuple[int, float], ...] = _option(
         (), 'added to the logits of these token ids, as JSON: {"123": -5}', parse=_parse_logit_bias
     )
@@ -102,12 +110,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.choice, str):
+            object.__setattr__(self, "choice", (self.choice,))
+        if isinstance(self.choice, list) and not self.choice:
+            raise OptionError("choice: the list is empty: give the texts of which the answer is one")
         for name in ("stop", "stop_token_ids", "choice"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = () if (value := getattr(self, name)) is None else value
+            if not isinstance(value, Iterable):
+                raise OptionError(f"{name}: {value!r} is not a list")
+            object.__setattr__(self, name, tuple(value))
         if not isinstance(self.json_schema, str | None):
             object.__setattr__(self, "json_schema", _parse_json_schema(self.json_schema))
-        if not isinstance(self.logit_bias, tuple):
-            object.__setattr__(self, "logit_bias", _parse_logit_bias(self.logit_bias))
+        object.__setattr__(self, "logit_bias", _parse_logit_bias(self.logit_bias))
         _check_ranges(self)
         if "" in self.stop:
             raise OptionError("stop: an empty text would end every answer at once; leave it out")
@@ -196,7 +210,7 @@ class EngineOptions:
         above=1.0,
     )
     max_batch_requests: int = _option(64, "requests running side by side at most", low=1)
-    block_size: int = _option(16, "tokens in one block of the KV cache", low=1)
+    block_size: int = _option(16, "tokens in one block of the KV cache", low=1, high=1024)
     kv_cache_dtype: str = _option(
         "auto", "number format of the KV cache; auto: that of the arithmetic", choices=KV_CACHE_DTYPES
     )

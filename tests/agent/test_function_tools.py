@@ -248,10 +248,7 @@ SIMPLE = "use str, int, float, bool, list or dict"
 REFUSED = [
     ("def f(x: str): pass", "f: no docstring; say in one what the function does, for the model reads it"),
     ("def f(x): 'Do.'", "f: x has no type hint; add one, such as x: str"),
-    (
-        "def f(__x: int): 'Do.'",
-        "f: __x begins with two underscores; choose a name that the model can read",
-    ),
+    ("def f(__x: int): 'Do.'", "f: __x begins with two underscores; choose a name that the model can read"),
     ("def f(*x: int): 'Do.'", f"f: *x: int takes any number of values, {NAMED}"),
     ("def f(**x: int): 'Do.'", f"f: **x: int takes any name, {NAMED}"),
     ("def f(x: int, /): 'Do.'", f"f: x: int can only be given by position, {NAMED}"),
@@ -335,7 +332,16 @@ alias = second
 
 
 def test_parameters_may_have_any_other_name() -> None:
-    def odd(self: int, _x: int, type: int, odd: int, holder: int, properties: int, title: int, 城市: int) -> list[int]:
+    def odd(
+        self: int,
+        _x: int,
+        type: int,
+        odd: int,
+        holder: int,
+        properties: int,
+        title: int,
+        城市: int,  # noqa: N803
+    ) -> list[int]:
         """Give them back."""
         return [self, _x, type, odd, holder, properties, title, 城市]
 

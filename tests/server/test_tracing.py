@@ -24,7 +24,7 @@ class Collector(HTTPServer):
 
 
 class Receiver(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         collector = self.server
         assert isinstance(collector, Collector)
         data = self.rfile.read(int(self.headers["content-length"]))

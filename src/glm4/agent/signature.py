@@ -52,10 +52,10 @@ class Signature:
         except Exception as error:  # a hint is any expression
             raise OptionError(f"{where}: a type hint cannot be read: {error}; correct it") from error
         fields = [_field(parameter, hints, texts, where) for parameter in parameters.values()]
-        struct = msgspec.defstruct(function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
         properties = {field[0]: _schema_of(field, f"{where}: {field[0]}") for field in fields}
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         schema = {"type": "object", "properties": properties, "required": required}
+        struct = msgspec.defstruct(function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
         return cls(description, schema, struct)
 
 

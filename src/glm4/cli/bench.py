@@ -162,7 +162,7 @@ def throughput(
 def _check_load(trace: str | None, scale_lengths: float, rate: float | None, arrivals: str | None) -> None:
     if not 0 < scale_lengths < float("inf"):
         raise OptionError(f"--scale-lengths {scale_lengths:g}: give a number above 0")
-    if rate is not None and not 0 < rate < float("inf"):
+    if rate is not None and not 1e-6 <= rate < float("inf"):
         raise OptionError(f"--rate {rate:g}: give a number of requests a second above 0")
     if arrivals and not trace:
         raise OptionError("--arrivals trace needs a --trace to take the times from")

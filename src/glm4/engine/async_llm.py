@@ -203,6 +203,8 @@ class AsyncLLM:
         EngineError when the engine fails or takes no requests.
         """
         self._refuse_if_closed()
+        if not isinstance(sampling, SamplingParams | None):
+            raise OptionError(f"sampling: {type(sampling).__name__} is no SamplingParams")
         if sampling is not None and max(sampling.n or 1, sampling.best_of or 1) > 1:
             raise OptionError("n and best_of: a stream is one answer; start one for each, with `choice`")
         number = next(self._ids)
@@ -436,6 +438,8 @@ def _add_frame(message: Add) -> bytes:
     try:
         frame = to_frame(message)
         decode_from_caller(frame[HEADER_BYTES:])
+    except UnicodeEncodeError as error:
+        raise OptionError("a text of the request is not valid Unicode (a lone surrogate)") from error
     except (OverflowError, TypeError, msgspec.ValidationError) as error:
         raise OptionError(
             f"a value of the request is too large or of another type than it should be: {error}"

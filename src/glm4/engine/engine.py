@@ -112,6 +112,9 @@ class Engine:
         seed = self._seed + request_id if params.seed is None else params.seed + choice
         params = replace(params, seed=seed)
         self._check_ids(params)
+        if params.constraints and (params.stop or params.stop_token_ids):
+            [form] = params.constraints
+            raise OptionError(f"{form} says where the answer ends: leave stop and stop_token_ids out")
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.eos_token_ids))
         prompt_len = len(prompt_token_ids)
@@ -134,6 +137,8 @@ class Engine:
     def _join_search(self, request: Request, after: int | None) -> None:
         """Give `request` the next best answer of the search of `after`, or begin one."""
         search = self._searches.get(-1 if after is None else after)
+        if search is not None and len(search.callers) == search.num_beams:
+            raise OptionError(f"n is above num_beams {search.num_beams}: a beam gives one answer")
         if search is None:
             check_beam_params(request.sampling, self.scheduler.max_batch_requests)
             search = BeamSearch(request, next(self._ids))
@@ -219,6 +224,10 @@ class Engine:
             if request.sampling.logprobs is not None:
                 answer.logprobs = [replace(e, top=e.top[: request.sampling.logprobs]) for e in found.logprobs]
             outputs.append(self._report(answer, self._new_words(answer, found.token_ids)))
+        for request in list(search.callers.values()):  # never, unless a vocabulary is smaller than the search is wide
+            request.finish_reason = "error"
+            reason = f"beam search found only {len(search.finished)} answers: lower n"
+            outputs.append(self._report(self._answers[request.request_id], "", error=reason))
         search.end(self.scheduler)
         return outputs
 

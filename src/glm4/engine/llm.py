@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from math import inf
@@ -160,16 +160,21 @@ class LLM:
         return self._template.encode(self.tokenizer, messages, tools, thinking=thinking)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, *, progress: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        progress: bool = True,
+        priority: int = 0,
     ) -> list[RequestOutput]:
         """Continue raw prompts, texts or token ids, all side by side; `n` outputs each, in order.
 
-        progress: show a bar for several prompts, where standard error is a terminal.
+        progress: show a bar for several prompts, where standard error is a terminal; priority: lower ones are served
+        before what other threads ask for.
         Raises PromptError, OptionError or MemoryPlanError for what cannot be served, before anything runs. A request
         that fails on its way has the finish_reason "error" and the reason in `error`; EngineError when all fail.
         """
-        several = [prompts] if _is_prompt(prompts) else prompts
-        return self._run([self._as_ids(prompt) for prompt in several], sampling, False, progress)
+        return self._run(self._several(prompts), sampling, False, progress, priority)
 
     def chat(
         self,
@@ -178,10 +183,13 @@ class LLM:
         tools: Sequence[dict[str, Any]] | None = None,
         *,
         progress: bool = True,
+        priority: int = 0,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several, all side by side; `n` outputs each, in order."""
         several = [conversations] if _is_conversation(conversations) else conversations
-        return self._run([self.encode_chat(messages, tools) for messages in several], sampling, True, progress)
+        return self._run(
+            [self.encode_chat(messages, tools) for messages in several], sampling, True, progress, priority
+        )
 
     def stream(
         self,
@@ -206,10 +214,15 @@ class LLM:
                     raise EngineError(output.error)
                 yield output
 
+    def _several(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise PromptError("a prompt is a text or a list of token ids; messages go to chat")
+        return [self._as_ids(prompt) for prompt in ([prompts] if _is_prompt(prompts) else prompts)]
+
     def _as_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if not all(isinstance(token_id, int) for token_id in prompt):
+        if not isinstance(prompt, list) or any(type(token_id) is not int for token_id in prompt):
             raise PromptError("a prompt is a text or a list of token ids; messages go to chat")
         return list(prompt)
 
@@ -237,7 +250,7 @@ class LLM:
         positions: Sequence[int] | None = None,
         wants_logits: bool = False,
     ) -> list[RequestOutput]:
-        several = [self._as_ids(prompt) for prompt in ([prompts] if _is_prompt(prompts) else prompts)]
+        several = self._several(prompts)
         readings = [
             replace(reading, logits_at=_positions(len(ids), positions)) if wants_logits else reading for ids in several
         ]
@@ -248,7 +261,7 @@ class LLM:
         return [latest[request_id] for request_id in sorted(latest)]
 
     def _run(
-        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool, progress: bool
+        self, prompts: list[list[int]], sampling: SamplingParams | None, chat: bool, progress: bool, priority: int
     ) -> list[RequestOutput]:
         params = (sampling or SamplingParams()).over(self.engine.defaults)
         kept, drawn = params.n or 1, params.best_of or params.n or 1
@@ -258,7 +271,7 @@ class LLM:
         shown = progress and len(prompts) > 1
         with answer_progress(lambda: sum(len(output.token_ids) for output in latest.values()), shown) as bar:
             task = bar.add_task("", total=len(prompts) * drawn)
-            for output in self._stream(prompts, sampling, chat, drawn):
+            for output in self._stream(prompts, sampling, chat, drawn, priority):
                 latest[output.request_id] = output
                 bar.advance(task, output.finish_reason is not None)
         outputs = [latest[request_id] for request_id in sorted(latest)]
@@ -278,6 +291,7 @@ class LLM:
         sampling: SamplingParams | None,
         chat: bool,
         choices: int = 1,
+        priority: int = 0,
         readings: Sequence[Reading | None] = (),
     ) -> Generator[RequestOutput]:
         engine = self.engine
@@ -287,9 +301,9 @@ class LLM:
             with self._lock:
                 engine.stats = self.last_stats = EngineStats()
                 for prompt, reading in zip(prompts, readings or [None] * len(prompts), strict=True):
-                    ids.append(first := engine.add(prompt, sampling, chat=chat, reading=reading))
+                    ids.append(first := engine.add(prompt, sampling, chat=chat, priority=priority, reading=reading))
                     ids.extend(
-                        engine.add(prompt, sampling, chat=chat, choice=choice, after=first)
+                        engine.add(prompt, sampling, chat=chat, priority=priority, choice=choice, after=first)
                         for choice in range(1, choices)
                     )
                 self._inboxes |= dict.fromkeys(ids, mine)
@@ -333,6 +347,8 @@ def mean_hidden_state(output: RequestOutput) -> list[float]:
 def _positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
     if positions is None:
         return tuple(range(length))
+    if not positions:
+        raise PromptError("positions: the list is empty: give at least one")
     for position in positions:
         if not -length <= position < length:
             raise PromptError(f"position {position} is not in a prompt of {length} tokens")

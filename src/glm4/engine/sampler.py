@@ -14,6 +14,8 @@ from glm4.options import SamplingParams
 
 _CANDIDATES = 1024
 """Likeliest tokens that top-p looks at before it sorts the whole vocabulary."""
+_LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest token has all the probability that a float32 can tell."""
 # Eight booleans, each a byte, seen as one number: a table lookup unpacks a bitmap many times faster than shifting bits.
 _BITS_OF_BYTE = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool().view(torch.int64).flatten()
 
@@ -130,7 +132,9 @@ def filtered_scores(scores: Tensor, params: list[SamplingParams]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=scores.dtype, device=device)[:, None]
 
-    scores = scores / column([p.temperature or 1.0 for p in params])
+    # Relative to the best one, so that no temperature makes it infinite.
+    temperatures = column([max(p.temperature or 1.0, _LEAST_TEMPERATURE) for p in params])
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperatures
     top_k = torch.tensor([p.top_k or vocab_size for p in params], device=device).clamp(max=vocab_size)[:, None]
     top_p, min_p = column([p.top_p or 1.0 for p in params]), column([p.min_p or 0.0 for p in params])
     limited = [p.top_k for p in params if p.top_k]

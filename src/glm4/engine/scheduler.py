@@ -80,10 +80,10 @@ class Scheduler:
         place = 0
         while place < len(self.waiting) and prompt_budget > 0 and len(self.running) < self.max_batch_requests:
             request = self.waiting[place]
-            if request.is_paused:
+            if request.is_paused or request.waits_for_another:
                 place += 1
                 continue
-            if request.waits_for_another or not self._admit(request):
+            if not self._admit(request):
                 break
             del self.waiting[place]
             request.is_running = True

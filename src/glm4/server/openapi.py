@@ -6,13 +6,13 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-import glm4
 from glm4.api.bodies import NOT_IN_ANSWERS, RENAMED, Json, OpenAIBody
 from glm4.options import SamplingParams, option_kind
 from glm4.server.errors import KINDS
@@ -79,7 +79,7 @@ def document(operations: Sequence[Operation]) -> Json:
         paths.setdefault(operation.path.replace(":path", ""), {})[operation.method.lower()] = _operation(operation)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "glm4", "version": glm4.__version__},
+        "info": {"title": "glm4", "version": glm4.version("glm4")},
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],

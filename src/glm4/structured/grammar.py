@@ -345,7 +345,7 @@ def json_schema_rule(schema: str | Mapping[str, Any]) -> str:
 
 
 def _check_values(node: Any, exact: bool = False) -> None:
-    """Refuse numbers under const and enum that the library would replace by their neighbours.
+    """Refuse texts that are none, and numbers under const and enum that the library would replace by their neighbours.
 
     It reads m * 10**e as one product or quotient of doubles, which is exact while both of them are.
     """
@@ -355,6 +355,8 @@ def _check_values(node: Any, exact: bool = False) -> None:
     elif isinstance(node, list | tuple):
         for value in node:
             _check_values(value, exact)
+    elif isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
+        raise OptionError("json_schema: not valid Unicode (a lone surrogate)")
     elif exact and isinstance(node, int | float) and not isinstance(node, bool):
         _, digits, exponent = Decimal(repr(node)).as_tuple()
         if int("".join(map(str, digits))) > 2**53 or abs(int(exponent)) > 22:
