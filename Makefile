@@ -15,13 +15,14 @@ override PROMPT := $(value PROMPT)
 override CONFIG := $(value CONFIG)
 export MODEL PROMPT CONFIG
 
-.PHONY: help run test clients serve-demo lint format env demo clean
+.PHONY: help run test clients serve-demo bench-cpu lint format env demo clean
 
 help:
 	@echo "make run                      answer one question with the demo model"
 	@echo "make run PROMPT='…' MODEL=DIR answer another question with another folder"
 	@echo "make test                     run all tests"
 	@echo "make serve-demo               serve the demo model on http://127.0.0.1:8000"
+	@echo "make bench-cpu                compare with llama.cpp: LAYERS=8 ROUNDS=5"
 	@echo "make clients                  an environment with litellm and lm-eval, for their tests"
 	@echo "make lint                     ruff, mypy --strict and the import contract"
 	@echo "make format                   let ruff format the code"
@@ -46,6 +47,9 @@ $(CLIENTS)/.ready: requirements-clients.lock
 
 serve-demo: $(READY)
 	$(BIN)/glm4 serve -m demo/glm4-demo
+
+bench-cpu: $(READY)
+	$(BIN)/python benchmarks/cpu/compare.py --layers $(or $(LAYERS),8) --rounds $(or $(ROUNDS),5)
 
 lint: $(READY)
 	$(BIN)/ruff check .

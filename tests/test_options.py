@@ -18,11 +18,11 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
     [
         (SamplingParams, {"temprature": 1}, "unknown option 'temprature'; did you mean 'temperature'?"),
         (SamplingParams, {"temperature": "warm"}, "temperature: 'warm' is not a number"),
-        (SamplingParams, {"temperature": -0.1}, "temperature: -0.1 is out of range (at least 0)"),
-        (SamplingParams, {"temperature": float("nan")}, "temperature: nan is out of range (at least 0)"),
+        (SamplingParams, {"temperature": -0.1}, "temperature: -0.1 is out of range (at least 0, at most 100)"),
+        (SamplingParams, {"temperature": float("nan")}, "temperature: nan is out of range (at least 0, at most 100)"),
         (SamplingParams, {"top_p": 0}, "top_p: 0 is out of range (above 0, at most 1)"),
         (SamplingParams, {"top_k": 1.5}, "top_k: 1.5 is not a whole number"),
-        (SamplingParams, {"max_new_tokens": 0}, "max_new_tokens: 0 is out of range (at least 1)"),
+        (SamplingParams, {"max_new_tokens": 0}, "max_new_tokens: 0 is out of range (at least 1, at most 2147483647)"),
         (SamplingParams, {"max_new_tokens": True}, "max_new_tokens: True is not a whole number"),
         (SamplingParams, {"do_sample": "perhaps"}, "do_sample: 'perhaps' is neither True nor False"),
         (SamplingParams, {"logprobs": 21}, "logprobs: 21 is out of range (at least 0, at most 20)"),
@@ -75,7 +75,7 @@ from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from, pa
             {"kv_cache_dtype": "int4"},
             "kv_cache_dtype: 'int4' is none of auto, bfloat16, float32, int8",
         ),
-        (EngineOptions, {"block_size": 0}, "block_size: 0 is out of range (at least 1)"),
+        (EngineOptions, {"block_size": 0}, "block_size: 0 is out of range (at least 1, at most 1024)"),
     ],
 )
 def test_bad_values_are_named(cls: type, values: dict[str, Any], message: str) -> None:

@@ -303,12 +303,11 @@ def _check_type(option: Field[Any], value: Any) -> None:
 
 
 def _range_text(low: float | None, high: float | None, above: float | None) -> str:
+    limits = (("above", above), ("at least", low), ("at most", high))
     parts = [
-        f"above {above:g}" if above is not None else "",
-        f"at least {low:g}" if low is not None else "",
-        f"at most {high:g}" if high is not None else "",
+        f"{word} {limit if isinstance(limit, int) else f'{limit:g}'}" for word, limit in limits if limit is not None
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(parts)
 
 
 _KIND_NAMES: dict[type, str] = {

@@ -79,7 +79,7 @@ def document(operations: Sequence[Operation]) -> Json:
         paths.setdefault(operation.path.replace(":path", ""), {})[operation.method.lower()] = _operation(operation)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "glm4", "version": glm4.version("glm4")},
+        "info": {"title": "glm4", "version": version("glm4")},
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
