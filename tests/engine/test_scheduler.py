@@ -252,6 +252,6 @@ def test_a_plan_survives_a_process_border() -> None:
     plan = scheduler.plan()
     sent = json.loads(json.dumps(asdict(plan)))
     for step in sent["requests"]:
-        step["sampling"]["stop"] = tuple(step["sampling"]["stop"])
+        step["sampling"] |= {name: tuple(step["sampling"][name]) for name in ("stop", "choice")}
     back = [RequestStep(**step | {"sampling": SamplingParams(**step["sampling"])}) for step in sent.pop("requests")]
     assert StepPlan(back, **sent) == plan
