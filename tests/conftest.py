@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from serving import Z1_DEMO, Server, start_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads this when it is first imported
 # Started in the background, this process ignores Ctrl-C, and so would every program that a test starts and interrupts.
@@ -31,3 +33,19 @@ def shared() -> Path:
 def official_9b(shared: Path) -> Path:
     """The official GLM-4-9B-0414 folder: everything but the weights."""
     return shared / "glm4-0414" / "GLM-4-9B-0414"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One that serves glm4-demo."""
+    server = start_server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def z1_server() -> Iterator[Server]:
+    """One that serves glm4-z1-demo."""
+    server = start_server(model=Z1_DEMO)
+    yield server
+    server.stop()

@@ -110,7 +110,7 @@ def test_a_cut_answer_is_a_beginning_and_says_so(llm: LLM) -> None:
     outputs = llm.generate("hello", params)
     cut = [output for output in outputs if output.finish_reason == "length"]
     assert cut
-    assert all("abc" * 9 in "abc" * 9 and ("abc" * 9).startswith(output.text) for output in cut)
+    assert all(("abc" * 9).startswith(output.text) for output in cut)
 
 
 def test_an_answer_complete_with_its_last_allowed_token_has_not_been_cut(llm: LLM) -> None:

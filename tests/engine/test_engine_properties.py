@@ -72,6 +72,7 @@ KINDS = {
     "short": SamplingParams(max_new_tokens=3),
     "sampled": SamplingParams(max_new_tokens=9, temperature=1.2, seed=5),
     "held": SamplingParams(max_new_tokens=12, regex="[a-c]{2,20}x?", temperature=1.0),
+    "twins": SamplingParams(max_new_tokens=8),
     "beams": SamplingParams(max_new_tokens=6, num_beams=2),
 }
 arrivals = st.lists(
@@ -138,12 +139,17 @@ def test_the_same_tokens_as_alone_and_no_block_lost(
     if engine.speculator is not None:
         engine.speculator.clock = lambda: 0.0  # drafts cost nothing, so none is held back
     ids: dict[int, int] = {}
+    twins: dict[int, int] = {}
     last: dict[int, RequestOutput] = {}
     failed: set[int] = set()
     for step in range(3000):
         for number, (arrives, prompt, kind, priority, patience) in enumerate(arrivals):
             if arrives == step:
                 ids[number] = engine.add(PROMPTS[prompt], KINDS[kind], priority=priority)
+                if kind == "twins":
+                    twins[number] = engine.add(
+                        PROMPTS[prompt], KINDS[kind], priority=priority, choice=1, after=ids[number]
+                    )
             if patience is not None and arrives + patience == step:
                 engine.abort(ids[number])
         if engine.has_work:
@@ -166,6 +172,9 @@ def test_the_same_tokens_as_alone_and_no_block_lost(
         if patience is None:
             assert output.finish_reason in ("stop", "length") or ids[number] in failed
         _check_answer(world, prompt, kind, output)
+    for number, twin_id in twins.items():
+        if twin_id in last:
+            _check_answer(world, arrivals[number][1], "twins", last[twin_id])
 
 
 class _Runner:
@@ -189,7 +198,7 @@ class _Runner:
 
 
 def _check_answer(world: World, prompt: int, kind: str, output: RequestOutput) -> None:
-    if kind in ("greedy", "short"):
+    if kind in ("greedy", "short", "twins"):
         expected = world.expected(prompt)
         clear = min(len(expected), len(output.token_ids))
         assert output.token_ids[:clear] == expected[:clear]

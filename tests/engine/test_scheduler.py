@@ -47,6 +47,9 @@ class CheckingRunner:
         assert 0 < sum(len(step.token_ids) for step in plan.requests) <= self.max_tokens
         written = [self.slot(step, step.start + i) for step in plan.requests for i in range(len(step.token_ids))]
         assert len(written) == len(set(written)), "two requests write to one place"
+        for source, target in plan.block_copies:
+            for offset in range(self.block_size):
+                self.memory[target * self.block_size + offset] = self.memory.get(source * self.block_size + offset, ())
         for request_id in plan.finished_ids:
             self.introduced.pop(request_id, None)
         results = {}
@@ -231,8 +234,12 @@ def test_lower_priorities_wait_and_give_way() -> None:
     assert order == [3, 1, 0, 2]
 
 
-def test_choices_of_one_prompt_compute_it_once() -> None:
-    scheduler, runner = Scheduler(BlockPool(20, 2), 50, 4), CheckingRunner(20, 2, 50)
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+def test_choices_of_one_prompt_compute_it_once(block_size: int, prefix_caching: bool) -> None:
+    """But for its last token: full blocks are shared, and the one in which they part is copied."""
+    scheduler = Scheduler(BlockPool(20, block_size), 50, 4, prefix_caching)
+    runner = CheckingRunner(20, block_size, 50)
     first, second = request(0, [1, 2, 3, 4, 5], 3), request(1, [1, 2, 3, 4, 5], 3)
     second.after = first
     scheduler.add(first)

@@ -20,6 +20,8 @@ from glm4.errors import CheckpointError, EngineError, Glm4Error, PromptError
 from glm4.mindformers.run import main
 from glm4.options import EngineOptions, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT = Path("text_generation_result.txt")
 
@@ -46,17 +48,14 @@ class EchoLLM:
     def _answer(self, way: str, prompts: list[str], sampling: SamplingParams) -> list[Any]:
         self.calls.append((way, len(prompts), sampling))
         return [
-            SimpleNamespace(text=f"{way}: {prompt}", token_ids=[1, 2, 3], finish_reason=self.finish_reason)
+            SimpleNamespace(
+                text=f"{way}: {prompt}",
+                token_ids=[1, 2, 3],
+                finish_reason=self.finish_reason,
+                error="a row was lost" if prompt == "lost" else None,
+            )
             for prompt in prompts
         ]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    (tmp_path / "model").mkdir()
-    return tmp_path
 
 
 def predict(*flags: str, load: Callable[[EngineOptions], Any] = EchoLLM) -> int:
@@ -73,6 +72,13 @@ def test_answer_is_printed_and_written(capfd: pytest.CaptureFixture[str], folder
     assert f"result: {folder / RESULT}\n" in err
     assert "-m glm4 chat -m model" in err
     assert sorted(path.name for path in folder.iterdir()) == ["model", "output", RESULT.name]
+
+
+def test_an_answer_that_failed_is_an_error_and_earlier_batches_stay(capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ("--predict_batch_size", "2")
+    assert predict("--predict_data", "a", "b", "c", "lost", *flags) == EngineError("").exit_code
+    assert capfd.readouterr().err.splitlines()[-1] == "error: prompt 4: a row was lost"
+    assert len(ast.literal_eval(RESULT.read_text("utf-8"))) == 1
 
 
 def test_batches(capfd: pytest.CaptureFixture[str]) -> None:

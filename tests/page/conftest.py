@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from server.serving import Z1_DEMO, Server, start_server
+from serving import Server
 from talking import OpenPage
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,22 +24,6 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """One that serves glm4-demo."""
-    server = start_server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def z1_server() -> Iterator[Server]:
-    """One that serves glm4-z1-demo, which thinks first."""
-    server = start_server(model=Z1_DEMO)
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
-from server.serving import REPOSITORY, Server, start_server
+from serving import REPOSITORY, Server, start_server
 from talking import OpenPage, answer_with, ask, asked_for, ended, greedy
 
 BEIJING = "Beijing is the capital of China and its political and cultural centre."

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from playwright.sync_api import Browser, Page, expect
-from server.serving import Server
+from serving import Server
 from talking import answer_with, ask
 
 RENDER = """([pieces]) => import('/page/markdown.js').then(({MarkdownView}) => {

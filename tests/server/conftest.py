@@ -1,30 +1,13 @@
-"""Servers on the demo models, one of each for all tests."""
+"""What the demo model says without a server, and its tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from serving import DEMO, REPOSITORY, Z1_DEMO, Json, Server, start_server
+from serving import DEMO, REPOSITORY, Json
 
 from glm4 import LLM
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """One that serves glm4-demo."""
-    server = start_server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def z1_server() -> Iterator[Server]:
-    """One that serves glm4-z1-demo."""
-    server = start_server(model=Z1_DEMO)
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from glm4.bench.load import Job
 from glm4.engine.engine import Engine
 from glm4.engine.request import RequestOutput
 from glm4.engine.stats import EngineStats
+from glm4.errors import EngineError
 from glm4.options import SamplingParams
 
 Json = dict[str, Any]
@@ -74,7 +75,8 @@ def drive(
 ) -> Run:
     """Serve every job, each not before it arrives, until its last token; `on_finish` is called for each.
 
-    jobs: in the order of their arrival; clock, sleep: seconds. Raises what Engine.add and Engine.step raise.
+    jobs: in the order of their arrival; clock, sleep: seconds. Raises what Engine.add raises, and EngineError for a
+    request that fails.
     """
     run = Run([RequestTimes(job.arrival, job.prompt_tokens) for job in jobs], EngineStats())
     engine.stats, waiting, times = run.stats, list(range(len(jobs)))[::-1], {}
@@ -92,6 +94,8 @@ def drive(
             outputs, now = engine.step(), clock() - started
             run.decode_steps += run.stats.decode_tokens > decoded
             for output in outputs:
+                if output.error is not None:
+                    raise EngineError(output.error)
                 times[output.request_id].take(output, now)
                 if output.finish_reason is not None:
                     del times[output.request_id]

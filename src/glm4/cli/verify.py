@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glm4.errors import OptionError
+from glm4.errors import EngineError, OptionError
 from glm4.options import DTYPES, QUANTIZATIONS, SamplingParams
 
 if TYPE_CHECKING:
@@ -157,8 +157,12 @@ def _run_ours(
     llm = LLM(model, **options)
     ids = [_encode(llm, prompt) for prompt in prompts]
     outputs = llm.generate(ids, SamplingParams(do_sample=False, max_new_tokens=tokens, ignore_eos=True))
+    for output in outputs:
+        if output.error is not None:
+            raise EngineError(output.error)
     answers = [output.token_ids for output in outputs]
-    logits = [sequence_logits(llm, prompt + answer) for prompt, answer in zip(ids, answers, strict=True)]
+    sequences = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
+    logits = [each.cpu() for sequence in sequences for each in llm.logits(sequence)]  # one at a time: they are large
     return ids, logits, answers, llm.tokenizer.unknown_ids(llm.config.vocab_size)
 
 
@@ -166,21 +170,6 @@ def _encode(llm: LLM, prompt: str) -> list[int]:
     if llm.has_chat_template:
         return llm.encode_chat([{"role": "user", "content": prompt}])
     return llm.tokenizer.encode(prompt)
-
-
-def sequence_logits(llm: LLM, token_ids: list[int]) -> Tensor:
-    """float32 logits [tokens, vocab_size] of one whole sequence, on the CPU, computed by the inference model."""
-    import torch
-
-    from glm4.ops.attention import make_batch
-
-    model, length = llm.model, len(token_ids)
-    device = model.embed_tokens.device
-    with torch.inference_mode():
-        cache = model.new_kv_cache(length, model.embed_tokens.dtype)
-        batch = make_batch([(0, length)], [0], [list(range(length))], 1, device)
-        ids = torch.tensor(token_ids, device=device)
-        return model.logits(model.forward(ids, torch.arange(length, device=device), batch, cache)).cpu()
 
 
 class _Reference:

@@ -129,15 +129,8 @@ class DraftModel:
             )
             self._sequences[request.request_id] = sequence
         sequence.drop_rejected(request.token_ids)
-        self._publish(sequence, request.token_ids)
+        self.pool.publish_full(sequence, request.token_ids, sequence.num_read)
         return sequence
-
-    def _publish(self, sequence: _Sequence, token_ids: list[int]) -> None:
-        size = self.pool.block_size
-        for number in range(sequence.num_published, sequence.num_read // size):
-            tokens = token_ids[number * size : (number + 1) * size]
-            sequence.identity = self.pool.publish(sequence.block_ids[number], tokens, sequence.identity)
-            sequence.num_published += 1
 
     def _make_room(self, sequence: _Sequence, length: int, asked: Iterable[int]) -> bool:
         """Blocks for `length` tokens; requests that rest give up theirs for it. False where that is not enough."""

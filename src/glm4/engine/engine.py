@@ -106,7 +106,7 @@ class Engine:
         Raises PromptError for a prompt that is empty, too long, or holds an id that is no token's, OptionError for a
         form that cannot be held, and MemoryPlanError for a request that the KV cache can never hold.
         """
-        self._check_prompt(prompt_token_ids)
+        self._check_prompt(prompt_token_ids, self.max_model_len - (reading is None))
         request_id = next(self._ids)
         params = (sampling or SamplingParams()).over(self.defaults)
         seed = self._seed + request_id if params.seed is None else params.seed + choice
@@ -146,10 +146,10 @@ class Engine:
         self._searches[request.request_id] = search
         search.callers[request.request_id] = request
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], longest: int) -> None:
         if not token_ids:
             raise PromptError("the prompt is empty: give some text")
-        if len(token_ids) >= self.max_model_len:
+        if len(token_ids) > longest:
             raise PromptError(
                 f"the prompt has {len(token_ids)} tokens and prompt plus answer may have {self.max_model_len}: "
                 f"shorten it{self._longer}"

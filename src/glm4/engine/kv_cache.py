@@ -10,10 +10,21 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 _Key = tuple[int, tuple[int, ...]]
 """What the blocks before hold (the identity of the last of them), and a block's own tokens."""
 START = 0
+
+
+class Holder(Protocol):
+    """Who holds blocks for one text, in order."""
+
+    block_ids: list[int]
+    num_published: int
+    """How many of them are full and can be found by others."""
+    identity: int
+    """Names what these hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,14 @@ class BlockPool:
             identity = self._identity_of[block]
         num_free = sum(self._holders[block] == 0 for block in blocks)
         return Prefix(blocks, identity, self.num_free - num_free)
+
+    def publish_full(self, holder: Holder, token_ids: list[int], num_computed: int) -> None:
+        """Let others find the blocks of `holder` that the first `num_computed` of `token_ids` fill."""
+        size = self.block_size
+        for number in range(holder.num_published, num_computed // size):
+            tokens = token_ids[number * size : (number + 1) * size]
+            holder.identity = self.publish(holder.block_ids[number], tokens, holder.identity)
+            holder.num_published += 1
 
     def publish(self, block: int, token_ids: list[int], before: int) -> int:
         """Let a full block be found by its tokens and the identity of what stands before; its own identity."""

@@ -228,33 +228,31 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
         """For each prompt the mean of its tokens' last hidden states (after the final norm), [hidden_size]."""
-        outputs = self._read(prompts, Reading("sum"))
-        return [mean_hidden_state(output) for output in outputs]
+        several = self._several(prompts)
+        return [mean_hidden_state(output) for output in self._read(several, [Reading("sum")] * len(several))]
 
     def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[torch.Tensor]:
         """For each prompt its tokens' last hidden states (after the final norm), [tokens, hidden_size]."""
-        return [torch.cat(output.hidden_states) for output in self._read(prompts, Reading("all"))]
+        several = self._several(prompts)
+        return [torch.cat(output.hidden_states) for output in self._read(several, [Reading("all")] * len(several))]
 
     def logits(self, prompts: Prompt | Sequence[Prompt], positions: Sequence[int] | None = None) -> list[torch.Tensor]:
         """For each prompt the logits after the tokens at `positions`, float32 [positions, vocab_size].
 
-        A negative position counts from the end; None: after each token. Rows come in the order of the prompt.
-        Raises PromptError for a position that a prompt does not have.
+        A negative position counts from the end; None: after each token. Raises PromptError for a position that a prompt
+        does not have.
         """
-        return [torch.cat(output.logits) for output in self._read(prompts, Reading(), positions, wants_logits=True)]
-
-    def _read(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        reading: Reading,
-        positions: Sequence[int] | None = None,
-        wants_logits: bool = False,
-    ) -> list[RequestOutput]:
         several = self._several(prompts)
-        readings = [
-            replace(reading, logits_at=_positions(len(ids), positions)) if wants_logits else reading for ids in several
+        wanted = [_positions(len(ids), positions) for ids in several]
+        readings = [Reading(logits_at=tuple(sorted(set(each)))) for each in wanted]
+        outputs = self._read(several, readings)
+        return [
+            torch.cat(output.logits)[[reading.logits_at.index(position) for position in each]]
+            for output, reading, each in zip(outputs, readings, wanted, strict=True)
         ]
-        latest = {output.request_id: output for output in self._stream(several, None, False, readings=readings)}
+
+    def _read(self, prompts: list[list[int]], readings: list[Reading]) -> list[RequestOutput]:
+        latest = {output.request_id: output for output in self._stream(prompts, None, False, readings=readings)}
         for output in latest.values():
             if output.error is not None:
                 raise EngineError(output.error)
@@ -344,15 +342,15 @@ def mean_hidden_state(output: RequestOutput) -> list[float]:
     return mean
 
 
-def _positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
+def _positions(length: int, positions: Sequence[int] | None) -> list[int]:
     if positions is None:
-        return tuple(range(length))
+        return list(range(length))
     if not positions:
         raise PromptError("positions: the list is empty: give at least one")
     for position in positions:
         if not -length <= position < length:
             raise PromptError(f"position {position} is not in a prompt of {length} tokens")
-    return tuple(sorted({position % length for position in positions}))
+    return [position % length for position in positions]
 
 
 def _mean_logprob(output: RequestOutput) -> float:

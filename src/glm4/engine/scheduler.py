@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, replace
 
-from glm4.engine.kv_cache import BlockPool
+from glm4.engine.kv_cache import START, BlockPool, Prefix
 from glm4.engine.request import FinishReason, Request
 from glm4.engine.step import RequestStep, StepPlan, StepResult
 from glm4.errors import MemoryPlanError
@@ -101,17 +101,32 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Hold the blocks that already have the beginning of `request`; False when the rest has no room now."""
+        size, known = self.pool.block_size, request.prompt_len - 1
+        twin = self._twin(request)
         shareable = self.prefix_caching and not request.needs_every_token
         prefix = self.pool.find_prefix(request.token_ids if shareable else [])
+        if twin is not None and not self.prefix_caching:
+            prefix = Prefix(twin.block_ids[: known // size], START, self.pool.num_free)
         if self.pool.blocks_for(len(request.token_ids)) - len(prefix.blocks) > prefix.num_free_beside:
             return False
         self.pool.share(prefix.blocks)
         request.block_ids = list(prefix.blocks)
         request.num_published, request.identity = len(prefix.blocks), prefix.identity
-        request.num_computed = len(prefix.blocks) * self.pool.block_size
+        request.num_computed = len(prefix.blocks) * size
+        if twin is not None and len(prefix.blocks) == known // size and known % size:
+            self._copy_block(twin, request)
+            request.num_computed = known
         self.stats.queried_tokens += len(request.token_ids)
         self.stats.hit_tokens += request.num_computed
         return True
+
+    @staticmethod
+    def _twin(request: Request) -> Request | None:
+        """The first answer to the same prompt, where it runs and has computed all that the two can share."""
+        first = request.after
+        if first is None or request.needs_every_token:
+            return None
+        return first if first.is_running and first.num_computed >= request.prompt_len - 1 else None
 
     def _missing_blocks(self, request: Request, count: int) -> int:
         return max(0, self.pool.blocks_for(request.num_computed + count) - len(request.block_ids))
@@ -178,7 +193,9 @@ class Scheduler:
             picked = result.results[step.request_id].token_ids if step.logits_at else []
             rejected = len(step.draft_token_ids) + 1 - len(picked) if picked else 0
             request.num_computed += len(step.token_ids) - rejected
-            self._publish(request)
+            if self.prefix_caching:  # confirmed drafts are computed already, and added to the tokens after this
+                known = min(request.num_computed, len(request.token_ids))
+                self.pool.publish_full(request, request.token_ids, known)
             if request.reading is not None and request.num_pending == 0:
                 self.finish(request, "stop")
                 progressed.append(request)
@@ -186,15 +203,6 @@ class Scheduler:
                 self._extend(request, picked)
                 progressed.append(request)
         return progressed
-
-    def _publish(self, request: Request) -> None:
-        """Let others find the blocks of `request` that this step filled."""
-        size = self.pool.block_size
-        known = min(request.num_computed, len(request.token_ids))  # confirmed drafts are added after this
-        for number in range(request.num_published, known // size if self.prefix_caching else 0):
-            tokens = request.token_ids[number * size : (number + 1) * size]
-            request.identity = self.pool.publish(request.block_ids[number], tokens, request.identity)
-            request.num_published += 1
 
     def _extend(self, request: Request, picked: list[int]) -> None:
         for token_id in picked:
@@ -223,13 +231,17 @@ class Scheduler:
             child.block_ids = request.block_ids[:num_full]
             self.pool.share(child.block_ids)
             if remainder:
-                [copy] = self.pool.take(1)
-                self._block_copies.append((request.block_ids[num_full], copy))
-                child.block_ids.append(copy)
+                self._copy_block(request, child)
         else:
             child.num_computed, child.block_ids = 0, []
         bisect.insort(self.running if child.is_running else self.waiting, child, key=_order)
         return child
+
+    def _copy_block(self, source: Request, target: Request) -> None:
+        """Give `target` its own copy of the block of `source` that comes next."""
+        [copy] = self.pool.take(1)
+        self._block_copies.append((source.block_ids[len(target.block_ids)], copy))
+        target.block_ids.append(copy)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it is, and free its blocks."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4.engine.stats import EngineStats
-from glm4.errors import INTERRUPTED, Glm4Error, OptionError, OutputError, PromptError
+from glm4.errors import INTERRUPTED, EngineError, Glm4Error, OptionError, OutputError, PromptError
 from glm4.interrupts import interrupts_held
 from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
@@ -82,6 +82,7 @@ def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
             outputs = answer(prompts)
         except PromptError as error:
             raise PromptError(_which(first, len(prompts), len(job.prompts)) + str(error)) from error
+        _refuse_failures(outputs, first, len(job.prompts))
         results.append([_answer(llm, job, output) for output in outputs])
         _print(answer_line(results[-1]))
         _warn_of_cut(outputs, first)
@@ -119,6 +120,13 @@ def _which(first: int, count: int, total: int) -> str:
     if total == 1:
         return ""
     return f"prompt {first}: " if count == 1 else f"one of prompts {first} to {first + count - 1}: "
+
+
+def _refuse_failures(outputs: Sequence[RequestOutput], first: int, total: int) -> None:
+    """A result file holds whole answers: raise EngineError for one that failed."""
+    for number, output in enumerate(outputs, first):
+        if output.error is not None:
+            raise EngineError(_which(number, 1, total) + output.error)
 
 
 def _warn_of_cut(outputs: Sequence[RequestOutput], first: int) -> None:

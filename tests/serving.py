@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO, Z1_DEMO = REPOSITORY / "demo" / "glm4-demo", REPOSITORY / "demo" / "glm4-z1-demo"
 Json = dict[str, Any]
 
