@@ -50,7 +50,7 @@ def test_it_answers_its_corpus_word_for_word(section: str, tasks: list[Task], re
                 end = re.search(r"(<\|user\|>|<\|observation\|>)$", task.answer)
                 assert end is not None
                 assert output.text == task.answer.removesuffix(end[0]).removeprefix("\n"), task.messages
-                assert output.stop_reason == llm.tokenizer.id_of(end[0])
+                assert output.stop_reason == llm.tokenizer.special_tokens[end[0]]
 
 
 def test_the_exact_answer_rate_of_the_card_is_the_corpus(tasks: list[Task]) -> None:

@@ -111,10 +111,6 @@ class Tokenizer:
         """Ids below `model_vocab_size` that stand for no token: padding of the model's vocabulary, and holes."""
         return [id for id in range(model_vocab_size) if id not in self._known_ids]
 
-    def id_of(self, token: str) -> int | None:
-        """The id of `token`, spelled as in the vocabulary, or None."""
-        return self._backend.token_to_id(token)
-
 
 def check_unicode(text: str) -> None:
     """Raise PromptError where `text` holds half of a surrogate pair, which no byte sequence can spell."""
