@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CLIENTS := build/clients
+MINDSPORE := build/mindspore
+PYTHON311 ?= $(shell command -v python3.11 || echo $(PYTHON))
 
 MODEL  ?= demo/glm4-demo
 PROMPT ?= 请介绍一下北京
@@ -15,13 +17,15 @@ override PROMPT := $(value PROMPT)
 override CONFIG := $(value CONFIG)
 export MODEL PROMPT CONFIG
 
-.PHONY: help run test clients serve-demo bench-cpu lint format env demo clean
+.PHONY: help run test test-mindspore fuzz clients serve-demo bench-cpu lint format env demo clean
 
 help:
 	@echo "make run                      answer one question with the demo model"
 	@echo "make run PROMPT='…' MODEL=DIR answer another question with another folder"
 	@echo "make test                     run all tests"
 	@echo "make serve-demo               serve the demo model on http://127.0.0.1:8000"
+	@echo "make test-mindspore           the tests of the MindSpore backend, in an environment of its own"
+	@echo "make fuzz                     two minutes of requests that schemathesis makes up"
 	@echo "make bench-cpu                compare with llama.cpp: LAYERS=8 ROUNDS=5"
 	@echo "make clients                  an environment with litellm and lm-eval, for their tests"
 	@echo "make lint                     ruff, mypy --strict and the import contract"
@@ -37,6 +41,16 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
+# MindSpore has wheels for Python 3.11 at most, and wants an older NumPy.
+test-mindspore: $(MINDSPORE)/.ready
+	$(MINDSPORE)/bin/python -m pytest -n 2 tests/mindspore_backend
+
+$(MINDSPORE)/.ready: requirements-mindspore.lock pyproject.toml $(wildcard csrc/*)
+	$(PYTHON311) -m venv $(MINDSPORE)
+	$(MINDSPORE)/bin/pip install --quiet --disable-pip-version-check -r requirements-mindspore.lock
+	$(MINDSPORE)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
 # Clients of the server that cannot live in one environment with it: GLM4_CLIENTS_PYTHON=$(CLIENTS)/bin/python make test
 clients: $(CLIENTS)/.ready
 
@@ -47,6 +61,12 @@ $(CLIENTS)/.ready: requirements-clients.lock
 
 serve-demo: $(READY)
 	$(BIN)/glm4 serve -m demo/glm4-demo
+
+fuzz: $(READY)
+	@$(BIN)/glm4 serve -m demo/glm4-demo --port 8089 --max-answer-tokens 8 2>/dev/null & server=$$!; \
+	trap "kill $$server" EXIT; \
+	$(BIN)/schemathesis run http://127.0.0.1:8089/openapi.json --wait-for-schema 60 --checks not_a_server_error \
+		--phases fuzzing --max-examples 1000000 --max-time 120 --request-timeout 20
 
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu/compare.py --layers $(or $(LAYERS),8) --rounds $(or $(ROUNDS),5)

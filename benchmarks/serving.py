@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,12 +34,12 @@ class Server:
 
     def __init__(self, model: str, *flags: str) -> None:
         argv = [sys.executable, "-m", "glm4", "serve", "-m", model, "--port", "0", "--max-queue", "1000", *flags]
-        self.process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        line = next(line for line in self.process.stderr if line.startswith("ready: "))
-        self.port = int(line.rsplit(":", 1)[1])
-        # The log must be read on, or the server waits for room in the pipe.
-        self.drain = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=subprocess.DEVNULL)
+        with tempfile.NamedTemporaryFile() as log:  # no pipe: reading it would take time from what is measured
+            self.process = subprocess.Popen(argv, stderr=log)
+            while not (ready := re.search(rb"^ready: .*:(\d+)$", Path(log.name).read_bytes(), re.MULTILINE)):
+                assert self.process.poll() is None, Path(log.name).read_text()
+                time.sleep(0.1)
+        self.port = int(ready[1])
 
     def descriptors(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
@@ -43,13 +47,12 @@ class Server:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(60)
-        self.drain.wait(10)
 
 
-async def ask(port: int, body: Json, leave_after: int | None = None) -> tuple[str, int]:
-    """The text of a streamed answer and its tokens; `leave_after`: hang up after so many events."""
+async def ask(port: int, body: Json, *, stream: bool = True, leave_after: int | None = None) -> tuple[str, int]:
+    """The text of an answer and its tokens; `leave_after`: hang up after so many events of the stream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    data = json.dumps(body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     text, tokens, events = "", 0, 0
@@ -57,6 +60,9 @@ async def ask(port: int, body: Json, leave_after: int | None = None) -> tuple[st
         status = (await reader.readline()).split()[1]
         if status != b"200":
             raise RuntimeError(f"status {status.decode()}")
+        if not stream:
+            answer = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+            return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
         async for line in reader:
             if not line.startswith(b"data: {"):
                 continue
@@ -99,7 +105,7 @@ def clients(model: str, count: int, seconds: float) -> Json:
             question = draw.choice(QUESTIONS)
             leaves = draw.randrange(1, 20) if draw.random() < 0.05 else None
             try:
-                text, _ = await ask(server.port, body(question), leaves)
+                text, _ = await ask(server.port, body(question), leave_after=leaves)
             except (RuntimeError, OSError) as error:
                 failures.append(str(error))
                 continue
@@ -129,33 +135,57 @@ def clients(model: str, count: int, seconds: float) -> Json:
     return found
 
 
-def throughput(model: str, rounds: int) -> Json:
-    """Both sides in turn; each is warm."""
+def throughput(model: str, rounds: int, copies: int) -> Json:
+    """Streamed, whole, and LLM.generate alone, in turn, each warm; CPU time is what noise changes least."""
     from glm4 import LLM, SamplingParams
 
     server, llm = Server(model), LLM(model)
-    questions = QUESTIONS * 40
+    [engine] = map(int, Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split())
+    questions = QUESTIONS * copies
     sampling = SamplingParams(max_new_tokens=MAX_TOKENS, do_sample=False)
 
-    def offline() -> float:
-        started = time.perf_counter()
+    def alone() -> int:
         outputs = llm.chat([[{"role": "user", "content": text}] for text in questions], sampling, progress=False)
-        return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - started)
+        return sum(len(output.token_ids) for output in outputs)
 
-    def served() -> float:
+    def served(stream: bool) -> int:
         async def every() -> int:
-            return sum(tokens for _, tokens in await asyncio.gather(*(ask(server.port, body(q)) for q in questions)))
+            answers = await asyncio.gather(*(ask(server.port, body(q), stream=stream) for q in questions))
+            return sum(tokens for _, tokens in answers)
 
+        return asyncio.run(every())
+
+    def measured(work: Callable[[], int]) -> list[float]:
+        """Tokens a second, and CPU microseconds a token of the server, its engine and this process."""
+        before = cpu_seconds(server.process.pid), cpu_seconds(engine), time.process_time()
         started = time.perf_counter()
-        return asyncio.run(every()) / (time.perf_counter() - started)
+        tokens = work()
+        seconds = time.perf_counter() - started
+        after = cpu_seconds(server.process.pid), cpu_seconds(engine), time.process_time()
+        return [tokens / seconds, *(1e6 * (b - a) / tokens for a, b in zip(before, after, strict=True))]
 
-    served(), offline()
-    rows = [(served(), offline()) for _ in range(rounds)]
+    ways = {"streamed": lambda: served(True), "whole": lambda: served(False), "alone": alone}
+    rows: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for work in ways.values():
+        work()
+    for _ in range(rounds):
+        for name, work in ways.items():
+            rows[name].append(measured(work))
     server.stop()
-    over_http, alone = (median(column) for column in zip(*rows, strict=True))
-    share = median(a / b for a, b in rows)
-    print(f"{over_http:.0f} tokens/s over HTTP, {alone:.0f} with LLM.generate: {share:.0%}")
-    return {"served_tokens_per_s": over_http, "offline_tokens_per_s": alone, "share": share}
+    found: Json = {}
+    for name in ways:
+        speed, *cpu = (median(column) for column in zip(*rows[name], strict=True))
+        share = median(row[0] / alone[0] for row, alone in zip(rows[name], rows["alone"], strict=True))
+        found[name] = {"tokens_per_s": speed, "share": share, "cpu_us_a_token": cpu}
+        print(f"{name:>8}: {speed:6.0f} tokens/s, {share:.0%}; CPU microseconds a token: server {cpu[0]:.0f}, "
+              f"engine {cpu[1]:.0f}, this process {cpu[2]:.0f}")  # fmt: skip
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its threads so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -165,11 +195,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=40, help="of each question")
     args = parser.parse_args()
     if args.what == "clients":
         found = clients(args.model, args.clients, args.seconds)
     else:
-        found = throughput(args.model, args.rounds)
+        found = throughput(args.model, args.rounds, args.copies)
     print(json.dumps({"what": args.what} | found))
 
 

@@ -61,19 +61,48 @@ inline void gather_queries(const Glm4Attention &a, const AttentionTile &tile, co
     }
 }
 
-inline int64_t slot_of(const Glm4Attention &a, const AttentionTile &tile, int64_t position) {
-    return static_cast<int64_t>(tile.table[position / a.block_size]) * a.block_size + position % a.block_size;
+// Where a chunk's keys and values are in the cache.
+struct Slots {
+    int64_t count = 0, at[kChunk];
+    Slots(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t end) {
+        int64_t block = first / a.block_size, offset = first % a.block_size;
+        for (; first < end && count < kChunk; ++first) {
+            at[count++] = tile.table[block] * a.block_size + offset;
+            if (++offset == a.block_size) offset = 0, ++block;
+        }
+    }
+};
+
+template <class Element>
+inline const Element *row_of(const Glm4Attention &a, const AttentionTile &tile, const void *cache, int64_t slot) {
+    return static_cast<const Element *>(cache) + slot * a.kv_stride + tile.kv_head * a.head_dim;
 }
 
-// The keys of positions [first, first + count), as words; rows of zeros up to `padded`.
+// A chunk lies in as many places as it has positions, which the hardware does not foresee: without this, half of the
+// time is spent waiting for memory. Inlined by force: GCC 12 deletes the calls of a function that only prefetches.
+template <class Element>
+__attribute__((always_inline)) inline void prefetch_rows(const Glm4Attention &a, const AttentionTile &tile,
+                                                         const void *cache, const Slots &slots, int64_t first,
+                                                         int64_t end) {
+    for (int64_t i = first; i < end && i < slots.count; ++i) {
+        const char *row = reinterpret_cast<const char *>(row_of<Element>(a, tile, cache, slots.at[i]));
+        for (int64_t line = 0; line < a.head_dim * static_cast<int64_t>(sizeof(Element)); line += 64)
+            __builtin_prefetch(row + line);
+    }
+}
+
+// A chunk's keys, as words; rows of zeros up to `padded`.
 template <class Numbers, class Element>
-inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t count, int64_t padded,
+inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, const Slots &slots, int64_t padded,
                         int32_t *to) {
-    const int64_t words = a.head_dim / Numbers::kPack;
+    const int64_t words = a.head_dim / Numbers::kPack, count = slots.count;
     for (int64_t i = 0; i < count; ++i) {
-        const Element *from = static_cast<const Element *>(a.k_cache) + slot_of(a, tile, first + i) * a.kv_stride +
-                              tile.kv_head * a.head_dim;
-        for (int64_t d = 0; d < a.head_dim; d += kLanes) {
+        const Element *from = row_of<Element>(a, tile, a.k_cache, slots.at[i]);
+        int64_t d = 0;
+        if constexpr (Numbers::kPack == 2)
+            for (; d + 2 * kLanes <= a.head_dim; d += 2 * kLanes)
+                store_i(to + i * words + d / 2, neighbours(load_element(from + d), load_element(from + d + kLanes)));
+        for (; d < a.head_dim; d += kLanes) {
             if constexpr (Numbers::kPack == 1)
                 store_i(to + i * words + d, float_to_bits(load_element(from + d)));
             else
@@ -84,17 +113,15 @@ inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, int64
     memset(to + count * words, 0, static_cast<size_t>((padded - count) * words) * sizeof(int32_t));
 }
 
-// The values of the same positions; a pair holds two positions of one dimension.
+// A chunk's values; a pair holds two positions of one dimension.
 template <class Numbers, class Element>
-inline void gather_values(const Glm4Attention &a, const AttentionTile &tile, int64_t first, int64_t count,
-                          int64_t padded, int32_t *to) {
+inline void gather_values(const Glm4Attention &a, const AttentionTile &tile, const Slots &slots, int64_t padded,
+                          int32_t *to) {
     const auto row = [&](int64_t i) {
-        return static_cast<const Element *>(a.v_cache) + slot_of(a, tile, first + i) * a.kv_stride +
-               tile.kv_head * a.head_dim;
+        return i < slots.count ? row_of<Element>(a, tile, a.v_cache, slots.at[i]) : nullptr;
     };
     for (int64_t i = 0; i < padded; i += Numbers::kPack, to += a.head_dim) {
-        const Element *low = i < count ? row(i) : nullptr;
-        const Element *high = Numbers::kPack == 2 && i + 1 < count ? row(i + 1) : nullptr;
+        const Element *low = row(i), *high = Numbers::kPack == 2 ? row(i + 1) : nullptr;
         for (int64_t d = 0; d < a.head_dim; d += kLanes) {
             const VecF x = low ? load_element(low + d) : zero_f();
             store_i(to + d,
@@ -118,11 +145,14 @@ inline void multiply(const int32_t *a, int64_t step, int64_t next, const int32_t
 }
 
 // Scores of `count` positions, masked, into s.scores; `largest` rises with them. scales: one for each position.
-template <class Numbers, int Vectors>
+// between(first, end) is called for all of the positions, a few at a time.
+template <class Numbers, int Vectors, class Between>
 inline void score_chunk(const Glm4Attention &a, const AttentionScratch<Numbers> &s, const VecI (&limits)[Vectors],
-                        const float *scales, int64_t first, int64_t count, VecF (&largest)[Vectors]) {
+                        const float *scales, int64_t first, int64_t count, VecF (&largest)[Vectors],
+                        const Between &between) {
     const int64_t words = a.head_dim / Numbers::kPack;
     for (int64_t c = 0; c < count; c += unroll(Vectors)) {
+        between(c, c + unroll(Vectors));
         VecF dots[unroll(Vectors)][Vectors];
         for (auto &row : dots)
             for (VecF &x : row) x = zero_f();
@@ -160,10 +190,12 @@ inline void weigh_chunk(const AttentionScratch<Numbers> &s, const float *scales,
         }
 }
 
-template <class Numbers, int Vectors>
+// between(first, end) as above, for all of a chunk.
+template <class Numbers, int Vectors, class Between>
 inline void add_values(const Glm4Attention &a, const AttentionScratch<Numbers> &s, int64_t count,
-                       const VecF (&fade)[Vectors], float *values) {
+                       const VecF (&fade)[Vectors], float *values, const Between &between) {
     for (int64_t d = 0; d < a.head_dim; d += unroll(Vectors)) {
+        between(d * kChunk / a.head_dim, (d + unroll(Vectors)) * kChunk / a.head_dim);
         VecF out[unroll(Vectors)][Vectors];
         for (int j = 0; j < unroll(Vectors); ++j)
             for (int v = 0; v < Vectors; ++v) out[j][v] = mul(load_f(values + (d + j) * kRows + v * kLanes), fade[v]);
@@ -175,10 +207,9 @@ inline void add_values(const Glm4Attention &a, const AttentionScratch<Numbers> &
 
 // The numbers that scores and weights are multiplied by: the keys' and values' scales where there are any.
 inline void gather_scales(const Glm4Attention &a, const AttentionTile &tile, const float *scales, float factor,
-                          int64_t first, int64_t count, float (&to)[kChunk]) {
+                          const Slots &slots, float (&to)[kChunk]) {
     for (int64_t i = 0; i < kChunk; ++i)
-        to[i] =
-            !scales || i >= count ? factor : factor * scales[slot_of(a, tile, first + i) * a.kv_heads + tile.kv_head];
+        to[i] = !scales || i >= slots.count ? factor : factor * scales[slots.at[i] * a.kv_heads + tile.kv_head];
 }
 
 // Positions [first, end) for one tile of query rows.
@@ -187,6 +218,9 @@ inline void attend(const Glm4Attention &a, const AttentionTile &tile, int64_t fi
                    float *partial) {
     const AttentionScratch<Numbers> s(scratch, a.head_dim);
     const Partial p(partial, a.head_dim);
+    Slots slots(a, tile, first, end);
+    prefetch_rows<Element>(a, tile, a.k_cache, slots, 0, kChunk);
+    prefetch_rows<Element>(a, tile, a.v_cache, slots, 0, kChunk);
     if (a.dtype == GLM4_BFLOAT16)
         gather_queries<Numbers>(a, tile, static_cast<const uint16_t *>(a.q), s.queries);
     else
@@ -200,22 +234,27 @@ inline void attend(const Glm4Attention &a, const AttentionTile &tile, int64_t fi
         limits[v] = load_i(last_seen + v * kLanes), largest[v] = set_f(kUnseen), sums[v] = zero_f();
     memset(p.values, 0, static_cast<size_t>(a.head_dim * kRows) * sizeof(float));
     for (int64_t c = first; c < end; c += kChunk) {
-        const int64_t count = end - c < kChunk ? end - c : kChunk,
-                      padded = ceil_div(count, unroll(Vectors)) * unroll(Vectors);
+        const Slots next(a, tile, c + kChunk, end);
+        const int64_t padded = ceil_div(slots.count, unroll(Vectors)) * unroll(Vectors);
         float k_scales[kChunk], v_scales[kChunk];
-        gather_scales(a, tile, a.k_scales, a.scale, c, count, k_scales);
-        gather_scales(a, tile, a.v_scales, 1.0f, c, count, v_scales);
-        gather_keys<Numbers, Element>(a, tile, c, count, padded, s.keys);
-        gather_values<Numbers, Element>(a, tile, c, count, padded, s.values);
+        gather_scales(a, tile, a.k_scales, a.scale, slots, k_scales);
+        gather_scales(a, tile, a.v_scales, 1.0f, slots, v_scales);
+        gather_keys<Numbers, Element>(a, tile, slots, padded, s.keys);
+        gather_values<Numbers, Element>(a, tile, slots, padded, s.values);
         VecF fade[Vectors];
         for (int v = 0; v < Vectors; ++v) fade[v] = largest[v];
-        score_chunk<Numbers, Vectors>(a, s, limits, k_scales, c, padded, largest);
+        score_chunk<Numbers, Vectors>(a, s, limits, k_scales, c, padded, largest, [&](int64_t from, int64_t to) {
+            prefetch_rows<Element>(a, tile, a.k_cache, next, from, to);
+        });
         for (int v = 0; v < Vectors; ++v) {
             fade[v] = exp_negative(sub(fade[v], largest[v]));
             sums[v] = mul(sums[v], fade[v]);
         }
         weigh_chunk<Numbers, Vectors>(s, a.v_scales ? v_scales : nullptr, padded, largest, sums);
-        add_values<Numbers, Vectors>(a, s, padded, fade, p.values);
+        add_values<Numbers, Vectors>(a, s, padded, fade, p.values, [&](int64_t from, int64_t to) {
+            prefetch_rows<Element>(a, tile, a.v_cache, next, from, to);
+        });
+        slots = next;
     }
     for (int v = 0; v < Vectors; ++v)
         store_f(p.largest + v * kLanes, largest[v]), store_f(p.sums + v * kLanes, sums[v]);

@@ -29,7 +29,7 @@ void bf16_prepare(const uint16_t *x, int64_t inputs, int32_t *words) {
 template <int Rows, int Tokens>
 inline void rows_times_tokens(const Bf16Linear &l, int64_t row, int64_t token) {
     const int64_t words = bf16_words(l.inputs), whole = l.inputs / kBf16Step * kBf16Step;
-    const uint16_t *weight = l.weight + row * l.inputs;
+    const uint16_t *weight = l.weight + row * l.weight_stride;
     const int32_t *x = l.x + token * words;
     VecF sums[Rows][Tokens];
     for (auto &of_row : sums)
@@ -44,13 +44,13 @@ inline void rows_times_tokens(const Bf16Linear &l, int64_t row, int64_t token) {
     VecI w[Rows];
     for (int64_t i = 0; i < whole; i += kBf16Step) {
         for (int r = 0; r < Rows; ++r) {
-            w[r] = load_words(weight + r * l.inputs + i);
-            __builtin_prefetch(weight + r * l.inputs + i + kBf16Ahead);
+            w[r] = load_words(weight + r * l.weight_stride + i);
+            __builtin_prefetch(weight + r * l.weight_stride + i + kBf16Ahead);
         }
         step(w);
     }
     if (whole < l.inputs) {
-        for (int r = 0; r < Rows; ++r) w[r] = load_some_words(weight + r * l.inputs + whole, l.inputs - whole);
+        for (int r = 0; r < Rows; ++r) w[r] = load_some_words(weight + r * l.weight_stride + whole, l.inputs - whole);
         step(w);
     }
     for (int r = 0; r < Rows; ++r)

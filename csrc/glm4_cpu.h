@@ -10,7 +10,7 @@ extern "C" {
 #define GLM4_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or a layout below changes: Python refuses a library of another version.
-#define GLM4_ABI_VERSION 1
+#define GLM4_ABI_VERSION 2
 
 typedef enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1 } Glm4Dtype;
 
@@ -41,6 +41,9 @@ GLM4_API int glm4_threads(void);
 GLM4_API void *glm4_allocate(size_t bytes);
 GLM4_API void glm4_free(void *memory, size_t bytes);
 
+// Have the pages of memory that is there at hand, on huge pages where that is possible; of a mapped file, read them.
+GLM4_API void glm4_map_in(const void *memory, size_t bytes);
+
 // Bytes that `values`, `scales` and `zeros` of a weight take, each a multiple of 64.
 GLM4_API void glm4_weight_sizes(const Glm4Weight *weight, int64_t sizes[3]);
 
@@ -51,13 +54,16 @@ GLM4_API void glm4_pack_rows(const Glm4Weight *weight, int64_t first, int64_t ro
                              const float *scales, const uint8_t *zeros);
 
 // out[t, r] = sum over inputs of x[t, i] * w[r, i] + bias[r], with x rounded to 8 bits a token.
-// x: [tokens, inputs], out: [tokens, rows], both of `dtype`; strides in elements between tokens.
+// x: [tokens, inputs], out: [tokens, rows], both of `dtype`; strides in elements between tokens. largest: [tokens] or
+// null; a token is rounded as if its largest magnitude were at least that, for inputs that are a part of all there are.
 GLM4_API void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
-                          void *out, int64_t out_stride);
+                          const float *largest, void *out, int64_t out_stride);
 
-// The same in bfloat16, nothing rounded to 8 bits: weight [rows, inputs] as it is. For few tokens.
-GLM4_API void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias,
-                               const uint16_t *x, int64_t tokens, int64_t x_stride, uint16_t *out, int64_t out_stride);
+// The same in bfloat16, nothing rounded to 8 bits: weight [rows, inputs] as it is, with a stride between rows. For few
+// tokens.
+GLM4_API void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, int64_t weight_stride,
+                               const float *bias, const uint16_t *x, int64_t tokens, int64_t x_stride, uint16_t *out,
+                               int64_t out_stride);
 
 typedef enum { GLM4_CACHE_FLOAT32 = 0, GLM4_CACHE_BFLOAT16 = 1, GLM4_CACHE_INT8 = 2 } Glm4CacheFormat;
 
@@ -125,6 +131,31 @@ typedef struct {
 
 // Returns 0, or 1 where a place lies outside the cache, and then nothing was done.
 GLM4_API int glm4_rotate_and_store(const Glm4KvWrite *write);
+
+// Collectives of processes on one machine (collectives.cpp). All map the same file of glm4_group_bytes zeros.
+typedef enum { GLM4_SUM_FLOAT32 = 0, GLM4_SUM_BFLOAT16 = 1, GLM4_MAX_FLOAT32 = 2 } Glm4Reduction;
+// A call waits for `patience` nanoseconds at most. After NOT_YET, it goes on when made again with the same arguments.
+// MIXED_UP: the ranks made different calls.
+typedef enum { GLM4_DONE = 0, GLM4_NOT_YET = 1, GLM4_MIXED_UP = 2 } Glm4Progress;
+
+// Size of the file; 0 where there cannot be so many ranks.
+GLM4_API int64_t glm4_group_bytes(int ranks);
+
+// One rank's end of the group; null, with errno, when the file cannot be mapped. Keeps no hold of the descriptor.
+GLM4_API void *glm4_group_open(int file, int ranks, int rank);
+GLM4_API void glm4_group_close(void *group);
+
+// The ranks that the last call waits for, a bit each.
+GLM4_API uint64_t glm4_group_missing(const void *group);
+
+// data[i] of all ranks, joined in rank order, into data[i]: the same bits on every rank. Sums are added up in float and
+// rounded once; the largest of numbers among which one is NaN is NaN.
+GLM4_API Glm4Progress glm4_all_reduce(void *group, void *data, int64_t count, Glm4Reduction reduction,
+                                      int64_t patience);
+
+// The rows of all ranks side by side, on rank 0; data: [rows, row_bytes], out: [rows, ranks * row_bytes] there.
+GLM4_API Glm4Progress glm4_gather(void *group, const void *data, int64_t rows, int64_t row_bytes, void *out,
+                                  int64_t patience);
 
 // Read `bytes` once with all threads, as fast as loads go; for benchmarks. Returns a checksum.
 GLM4_API uint64_t glm4_read_stream(const void *memory, size_t bytes);

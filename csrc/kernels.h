@@ -30,6 +30,7 @@ struct AttentionTile {
 // A linear layer in bfloat16, its activations prepared.
 struct Bf16Linear {
     const uint16_t *weight;  // [rows, inputs]
+    int64_t weight_stride;   // from row to row
     int64_t inputs;
     const float *bias;  // [rows] or null
     const int32_t *x;   // [tokens, words]
@@ -47,9 +48,10 @@ struct Kernels {
     int tile;  // tokens of a full activation tile
     int rows;  // query rows of a full attention tile
 
-    // Round one token, x: [inputs], to 8 bits, into place `token` of a tile.
-    void (*quantize_token)(const Glm4Weight &weight, const void *x, Glm4Dtype dtype, const ActivationTile &tile,
-                           int token);
+    // Round one token, x: [inputs], to 8 bits, into place `token` of a tile; its largest magnitude counts as at least
+    // `largest`.
+    void (*quantize_token)(const Glm4Weight &weight, const void *x, Glm4Dtype dtype, float largest,
+                           const ActivationTile &tile, int token);
     // One panel times one tile; out points at the tile's first token and the panel's first row.
     void (*linear_tile)(const Glm4Weight &weight, int64_t panel, const ActivationTile &tile, Glm4Dtype dtype, void *out,
                         int64_t out_stride);

@@ -40,14 +40,16 @@ class Tiles {
 
 size_t element_size(Glm4Dtype dtype) { return dtype == GLM4_BFLOAT16 ? 2 : 4; }
 
-void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_stride, Glm4Dtype dtype, char *out,
-                  int64_t out_stride) {
+void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_stride, Glm4Dtype dtype,
+                  const float *largest, char *out, int64_t out_stride) {
     const Kernels &k = kernels();
     const Tiles tiles(w, tokens);
     parallel_for(tiles.count(), [&](int64_t i) {
         const ActivationTile tile = tiles.tile(i);
-        for (int t = 0; t < tile.tokens; ++t)
-            k.quantize_token(w, x + static_cast<size_t>(tiles.first(i) + t) * x_stride, dtype, tile, t);
+        for (int t = 0; t < tile.tokens; ++t) {
+            const int64_t at = tiles.first(i) + t;
+            k.quantize_token(w, x + static_cast<size_t>(at) * x_stride, dtype, largest ? largest[at] : 0.0f, tile, t);
+        }
     });
     // Neighbouring panels go to one thread, so that it reads one stream, in enough pieces that a slow core holds up
     // little.
@@ -67,23 +69,24 @@ void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_s
 
 extern "C" {
 
-void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype, void *out,
-                 int64_t out_stride) {
+void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
+                 const float *largest, void *out, int64_t out_stride) {
     const size_t size = glm4::element_size(dtype), x_bytes = static_cast<size_t>(x_stride) * size;
     for (int64_t first = 0; first < tokens; first += glm4::kTokenBlock)
         glm4::linear_block(*weight, static_cast<const char *>(x) + static_cast<size_t>(first) * x_bytes,
                            std::min(glm4::kTokenBlock, tokens - first), x_bytes, dtype,
+                           largest ? largest + first : nullptr,
                            static_cast<char *>(out) + static_cast<size_t>(first * out_stride) * size, out_stride);
 }
 
-void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, const float *bias, const uint16_t *x,
-                      int64_t tokens, int64_t x_stride, uint16_t *out, int64_t out_stride) {
+void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, int64_t weight_stride, const float *bias,
+                      const uint16_t *x, int64_t tokens, int64_t x_stride, uint16_t *out, int64_t out_stride) {
     const glm4::Kernels &k = glm4::kernels();
     const int64_t words = k.bf16_words(inputs), chunk = std::max<int64_t>(16, rows / (glm4::threads() * 8) / 8 * 8);
     int32_t *prepared =
         reinterpret_cast<int32_t *>(glm4::scratch.need(static_cast<size_t>(tokens * words) * sizeof(int32_t)));
     for (int64_t t = 0; t < tokens; ++t) k.bf16_prepare(x + t * x_stride, inputs, prepared + t * words);
-    const glm4::Bf16Linear linear = {weight, inputs, bias, prepared, tokens, out, out_stride};
+    const glm4::Bf16Linear linear = {weight, weight_stride, inputs, bias, prepared, tokens, out, out_stride};
     glm4::parallel_for(glm4::ceil_div(rows, chunk),
                        [&](int64_t i) { k.bf16_rows(linear, i * chunk, std::min(rows, (i + 1) * chunk)); });
 }

@@ -65,8 +65,9 @@ inline float eight_bit_factor(float largest, float *scale) {
 inline VecI to_eight_bits(VecF x, float factor) { return factor > 0 ? round_to_int(mul(x, set_f(factor))) : zero_i(); }
 
 template <class Element>
-inline void quantize_row(const Glm4Weight &w, const Element *x, const ActivationTile &tile, int token) {
-    const float factor = eight_bit_factor(largest_magnitude(x, w.inputs), tile.scales + token);
+inline void quantize_row(const Glm4Weight &w, const Element *x, float largest, const ActivationTile &tile, int token) {
+    const float own = largest_magnitude(x, w.inputs);
+    const float factor = eight_bit_factor(own < largest || largest != largest ? largest : own, tile.scales + token);
     const int32_t zero_point = w.zeros ? 1 : w.bits == 4 ? 8 : 128;
     const int64_t groups = group_count(w), steps = group_steps(w);
     for (int64_t g = 0; g < groups; ++g) {
@@ -84,11 +85,12 @@ inline void quantize_row(const Glm4Weight &w, const Element *x, const Activation
     }
 }
 
-void quantize_token(const Glm4Weight &w, const void *x, Glm4Dtype dtype, const ActivationTile &tile, int token) {
+void quantize_token(const Glm4Weight &w, const void *x, Glm4Dtype dtype, float largest, const ActivationTile &tile,
+                    int token) {
     if (dtype == GLM4_BFLOAT16)
-        quantize_row(w, static_cast<const uint16_t *>(x), tile, token);
+        quantize_row(w, static_cast<const uint16_t *>(x), largest, tile, token);
     else
-        quantize_row(w, static_cast<const float *>(x), tile, token);
+        quantize_row(w, static_cast<const float *>(x), largest, tile, token);
 }
 
 // The weights of 4 inputs of a panel as unsigned bytes, rows in order.

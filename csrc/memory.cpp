@@ -1,8 +1,12 @@
 // Memory for weights: anonymous mappings that ask for huge pages. With 4 KB pages a streaming read here loses up to
 // a third to address translation, and many systems grant huge pages to those who ask only.
 #include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 
 #include "glm4_cpu.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -27,6 +31,19 @@ void *glm4_allocate(size_t bytes) {
     madvise(start + before, size, MADV_HUGEPAGE);  // a kernel without them still works
 #endif
     return start + before;
+}
+
+void glm4_map_in(const void *memory, size_t bytes) {
+#if defined(MADV_POPULATE_READ)  // Linux 5.14; elsewhere the first use does it
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t first = address / page * page, size = address + bytes - first;
+    constexpr uintptr_t kPiece = uintptr_t{16} << 20;
+    madvise(reinterpret_cast<void *>(first), size, MADV_HUGEPAGE);
+    glm4::parallel_for(static_cast<int64_t>((size + kPiece - 1) / kPiece), [&](int64_t i) {
+        const uintptr_t begin = static_cast<uintptr_t>(i) * kPiece;
+        madvise(reinterpret_cast<void *>(first + begin), std::min(kPiece, size - begin), MADV_POPULATE_READ);
+    });
+#endif
 }
 
 void glm4_free(void *memory, size_t bytes) {

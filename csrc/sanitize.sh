@@ -1,6 +1,6 @@
 #!/bin/sh
 # The tests of the native kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
-# Usage: csrc/sanitize.sh [python]     (about a minute on two cores)
+# Usage: csrc/sanitize.sh [python]     (a minute of CPU time)
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python3}

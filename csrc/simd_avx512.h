@@ -84,6 +84,8 @@ inline VecF dot_pairs(VecF sum, VecI a, VecI b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
+// Numbers that are bfloat16 exactly, each beside the next: those of a, then those of b.
+inline VecI neighbours(VecF a, VecF b) { return VecI(_mm512_cvtne2ps_pbh(b, a)); }
 #else
 constexpr bool kHasPairs = false;
 #endif

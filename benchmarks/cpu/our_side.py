@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from glm4 import LLM
 from glm4.bench.load import Job
@@ -30,7 +29,8 @@ from glm4.ops.cpu import library
 from glm4.ops.cpu.memory import huge_page_tensor
 from glm4.options import GREEDY
 from glm4.quantization.layout import Layout, chosen_layouts
-from glm4.quantization.packed import Packed
+from glm4.quantization.packed import Packed, stored_parts
+from glm4.quantization.packed_writer import SafetensorsWriter
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "glm4-demo"
 NINE_B = {
@@ -58,7 +58,7 @@ BLOCK = 16
 
 
 def write_folder(path: Path, quantization: str, layers: int) -> None:
-    """One shard a weight; what a tensor holds is random, of the size that real weights have."""
+    """What a tensor holds is random, of the size that real weights have."""
     unfinished = path.with_name(path.name + ".incomplete")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -69,14 +69,13 @@ def write_folder(path: Path, quantization: str, layers: int) -> None:
     (unfinished / "config.json").write_text(json.dumps(packed), encoding="utf-8")
     shapes = shapes_of(Glm4Config.from_dict(values))
     layouts = chosen_layouts(shapes, quantization)
-    places = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        shard = f"model-{number:05}.safetensors"
-        tensors = random_weight(name, shape, layouts.get(name))
-        save_file(tensors, unfinished / shard)
-        places |= dict.fromkeys(tensors, shard)
-    index = {"metadata": {}, "weight_map": places}
-    (unfinished / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    room = {
+        f"{name}.{part}": ("F32", shape) for name, shape in shapes.items() for part in ("values", "scales", "zeros")
+    }
+    with SafetensorsWriter(unfinished / "model.safetensors", room) as file:
+        for name, shape in shapes.items():
+            for full_name, tensor in random_weight(name, shape, layouts.get(name)).items():
+                file.write(full_name, tensor)
     unfinished.rename(path)
 
 
@@ -84,15 +83,13 @@ def random_weight(name: str, shape: tuple[int, ...], layout: Layout | None) -> d
     if layout is None:
         numbers = torch.ones(shape) if name.endswith("norm.weight") else torch.randn(shape) * 0.02
         return {name: numbers.bfloat16()}
-    rows, inputs = shape
-    groups = (rows, inputs // layout.group_size)
-    values = torch.randint(0, 256, (rows, inputs * layout.bits // 8), dtype=torch.uint8)
-    scale = torch.tensor(0.02 / (4.6 if layout.bits == 4 else 74)).half().float()
+    shapes = {part: part_shape for part, (_, part_shape) in stored_parts(layout, shape).items()}
+    scale = 0.02 / (4.6 if layout.bits == 4 else 74)
     tensors = {
-        f"{name}.values": values if layout.bits == 4 else values.view(torch.int8),
-        f"{name}.scales": torch.full(groups, float(scale)),
+        f"{name}.values": torch.randint(0, 256, shapes["values"], dtype=torch.uint8),
+        f"{name}.scales": torch.full(shapes["scales"], scale, dtype=torch.float16),
     }
-    return tensors | ({f"{name}.zeros": torch.full(groups, 8, dtype=torch.uint8)} if layout.zeros else {})
+    return tensors | ({f"{name}.zeros": torch.full(shapes["zeros"], 8, dtype=torch.uint8)} if layout.zeros else {})
 
 
 class Side:

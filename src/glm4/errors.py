@@ -13,6 +13,7 @@ with the code in the middle column. Anything else that escapes is a bug and keep
     ├── OutputError                7   a result that cannot be written
     ├── DownloadError              8   a hub that cannot be reached or sent the wrong bytes
     └── EngineError                9   a request that failed while the model ran
+        └── LostRankError          9   … and none can run any more, since the ranks that share it are out of step
 
 Ctrl-C leaves with 130, as shells expect.
 """
@@ -74,6 +75,10 @@ class EngineError(Glm4Error):
     """A request that failed while the model ran."""
 
     exit_code = 9
+
+
+class LostRankError(EngineError):
+    """A rank that shares the model is gone, hangs or failed: the model has to be loaded again."""
 
 
 INTERRUPTED = 130

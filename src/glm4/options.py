@@ -19,6 +19,7 @@ from glm4.errors import OptionError
 _MOST = 2**31 - 1
 """Larger than any number of tokens."""
 DEVICES = ("auto", "cpu", "cuda", "npu")
+BACKENDS = ("torch", "mindspore")
 DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -192,8 +193,14 @@ class EngineOptions:
     """
 
     model: str = _option("", "the Hugging Face folder of the model")
+    backend: str = _option("torch", "library that computes; mindspore has an environment of its own", choices=BACKENDS)
+    graph_mode: bool = _option(True, "with backend mindspore, compile the model; no: run it operation by operation")
     device: str = _option("auto", "where to run", choices=DEVICES)
     device_id: int = _option(0, "which of the machine's cards, counted from 0", low=0)
+    tensor_parallel: int = _option(1, "cards (or processes) that share every matrix", low=1)
+    pipeline_parallel: int = _option(1, "stages that hold some of the layers each", low=1)
+    data_parallel: int = _option(1, "whole copies of the model that answer different requests", low=1)
+    rank_timeout: float = _option(60.0, "seconds that a rank may be silent before the others give up", above=0.0)
     dtype: str = _option("auto", "number format of the weights and the arithmetic", choices=DTYPES)
     quantization: str = _option(
         "none", "round the weights to 8 or 4 bits while they load (none: as they are stored)", choices=QUANTIZATIONS

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from glm4.errors import MemoryPlanError
 from glm4.model.configuration_glm4 import Glm4Config
+from glm4.model.sharding import Shard, allowed_degrees
 from glm4.model.utils import shapes_of, tensor_specs
 from glm4.options import EngineOptions
 from glm4.quantization.layout import Layout, chosen_layouts
@@ -24,6 +25,7 @@ class MemoryPlan:
     config: Glm4Config
     dtype: str
     cards: int
+    """Cards that share every matrix."""
     max_batch_tokens: int
     max_batch_requests: int
     block_size: int
@@ -35,6 +37,8 @@ class MemoryPlan:
     """What weights are rounded to while they load, one of options.QUANTIZATIONS."""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """The weights that are not held in `dtype`."""
+    stages: int = 1
+    """Groups of cards that hold some of the layers each; the plan is that of the largest."""
     draft: MemoryPlan | None = None
     """The model that guesses, if there is one: it is counted in, and holds as many tokens."""
 
@@ -45,18 +49,21 @@ class MemoryPlan:
         options: EngineOptions,
         dtype: str,
         context: int,
-        cards: int = 1,
+        cards: int | None = None,
         draft: Glm4Config | None = None,
         layouts: Mapping[str, Layout] | None = None,
     ) -> MemoryPlan:
         """The plan for an engine with these options; `context`: longest prompt plus answer; `draft`: guesses for it.
+
+        cards: instead of options.tensor_parallel.
 
         layouts: how weights are held that are not in `dtype`; none: as options.quantization says.
         """
         return cls(
             config=config,
             dtype=dtype,
-            cards=cards,
+            cards=options.tensor_parallel if cards is None else cards,
+            stages=options.pipeline_parallel,
             max_batch_tokens=min(options.max_batch_tokens, context),
             max_batch_requests=options.max_batch_requests,
             block_size=options.block_size,
@@ -64,7 +71,7 @@ class MemoryPlan:
             kv_cache_dtype=options.kv_cache_dtype,
             quantization=options.quantization,
             layouts=chosen_layouts(shapes_of(config), options.quantization) if layouts is None else layouts,
-            draft=cls.of(draft, options, dtype, min(context, draft.max_context)) if draft else None,
+            draft=cls.of(draft, _alone(options), dtype, min(context, draft.max_context)) if draft else None,
         )
 
     @property
@@ -75,12 +82,14 @@ class MemoryPlan:
     @property
     def weights(self) -> int:
         """Weights; what is cut is shared out, the rest is held by every card."""
-        total = self.draft.weights if self.draft else 0
-        for spec in tensor_specs(self.config):
-            layout = self.layouts.get(spec.name)
-            size = layout.nbytes(spec.shape) if layout else spec.numel * ITEMSIZE[self.dtype]
-            total += -(-size // self.cards) if spec.shard_axis is not None else size
-        return total
+        shards = (Shard(self.cards - 1, self.cards, stage, self.stages) for stage in range(self.stages))  # the largest
+        return max(map(self._shard_bytes, shards)) + (self.draft.weights if self.draft else 0)
+
+    def _shard_bytes(self, shard: Shard) -> int:
+        return sum(
+            layout.nbytes(spec.shape) if layout else spec.numel * ITEMSIZE[self.dtype]
+            for spec, layout in shard.held(self.config, self.layouts)
+        )
 
     @property
     def weight_format(self) -> str:
@@ -97,8 +106,9 @@ class MemoryPlan:
     def kv_per_token(self) -> int:
         """Keys and values of one token, int8's scales included; beyond one KV head a card, heads are repeated."""
         heads = max(1, self.config.num_key_value_heads // self.cards)
+        layers = -(-self.config.num_hidden_layers // self.stages)
         head = self.config.head_dim * _KV_ITEMSIZE[self.kv_dtype] + (_SCALE_BYTES if self.kv_dtype == "int8" else 0)
-        return 2 * self.config.num_hidden_layers * heads * head + (self.draft.kv_per_token if self.draft else 0)
+        return 2 * layers * heads * head + (self.draft.kv_per_token if self.draft else 0)
 
     @property
     def workspace(self) -> int:
@@ -160,14 +170,20 @@ class MemoryPlan:
                 return
 
     def _by_more_cards(self, limit: int) -> Iterator[str]:
-        for cards in (2, 4, 8):
+        for cards in allowed_degrees(self.config)[1:]:
             shared = replace(self, cards=cards, dtype="bfloat16")
-            if self.config.num_attention_heads % cards == 0 and shared.least <= limit:
+            if shared.least <= limit:
+                each = gib(shared.least)
                 yield (
-                    f"share {shared.weight_format} weights among {cards} cards of this size ({gib(shared.least)} each; "
-                    "several cards are not in this version yet)"
+                    f"share {shared.weight_format} weights among {cards} cards of this size ({each} each): "
+                    f"tensor_parallel {cards}"
                 )
                 return
+
+
+def _alone(options: EngineOptions) -> EngineOptions:
+    """For a model that is not shared: the draft runs on the first card."""
+    return replace(options, tensor_parallel=1, pipeline_parallel=1)
 
 
 def memory_limit(asked: int | float | None, free: int) -> int:

@@ -185,16 +185,30 @@ def test_undo_and_retry_take_the_calls_back_too(bench: Bench) -> None:
     ]
 
 
-def test_a_failure_after_a_call_leaves_no_trace(bench: Bench) -> None:
-    Script(bench, 'get_weather\n{"city": "北京"}')
-
-    def too_long(*_: Any) -> str:
-        return "x"
-
-    bench.monkeypatch.setattr("glm4.cli.toolbox.Toolbox.run", too_long)
+def test_a_failure_after_a_call_keeps_the_call(bench: Bench) -> None:
+    script = Script(bench, 'get_weather\n{"city": "北京"}', "Warm.")
     bench.monkeypatch.setattr(LLM, "encode_chat", _fails_after_tools(LLM.encode_chat))
-    ran = chat(bench, "How warm?\n/save chat.json\n")
+    ran = chat(bench, "How warm?\n/save chat.json\nGo on.\n")
     assert "error: messages: too much" in ran.err
+    assert "(the calls so far and their results stay: say something to go on, or /undo)" in ran.err
+    messages = json.loads(Path("chat.json").read_text("utf-8"))
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
+    assert results(messages) == ['{"city": "北京", "degrees": 21}']
+    assert script.asked[1] == [*messages, {"role": "user", "content": "Go on."}]
+    assert ran.out.endswith("Warm.\n")
+
+
+def test_a_round_that_is_not_whole_leaves_no_trace(bench: Bench) -> None:
+    Script(bench, 'get_weather\n{"city": "北京"}<|assistant|>get_weather\n{"city": "上海"}')
+    run, calls = Toolbox.run, iter([False, True])
+
+    def stopped_between(toolbox: Toolbox, call: ToolCall, longest: int) -> str:
+        if next(calls):
+            raise KeyboardInterrupt
+        return run(toolbox, call, longest)
+
+    bench.monkeypatch.setattr(Toolbox, "run", stopped_between)
+    chat(bench, "How warm?\n/save chat.json\n")
     assert json.loads(Path("chat.json").read_text("utf-8")) == []
 
 
@@ -202,7 +216,7 @@ def _fails_after_tools(encode: Any) -> Any:
     from glm4.errors import PromptError
 
     def checked(llm: LLM, messages: list[Json], tools: Any = None) -> Any:
-        if any(message["role"] == "tool" for message in messages):
+        if messages[-1]["role"] == "tool":
             raise PromptError("messages: too much")
         return encode(llm, messages, tools)
 

@@ -11,7 +11,7 @@ from programs import Bench
 from torch import Tensor
 
 from glm4.cli.verify import BOUNDS, Bounds, Comparison, compare
-from glm4.engine import llm
+from glm4.engine import build
 from glm4.model.modeling_glm4_infer import Glm4ForInference
 
 FEW = ("--tokens", "8", "--prompt", "hi", "--prompt", "你好")
@@ -26,14 +26,14 @@ def test_a_sound_folder_is_validated(bench: Bench, dtype: str) -> None:
 
 
 def test_other_weights_on_our_side_are_preliminary(bench: Bench) -> None:
-    sound = llm.load_model
+    sound = build.load_model
 
     def perturbed(*arguments: object) -> Glm4ForInference:
         model: Glm4ForInference = sound(*arguments)  # type: ignore[arg-type]
         model.norm = model.norm * 1.02  # in place would write into the file, which is mapped read-only
         return model
 
-    bench.monkeypatch.setattr(llm, "load_model", perturbed)
+    bench.monkeypatch.setattr(build, "load_model", perturbed)
     ran = bench.glm4("verify", "model", *FEW)
     assert ran.code == 1
     assert "level: Preliminary" in ran.out

@@ -184,7 +184,7 @@ class _Runner:
         self._runner, self.num_blocks, self._fails_at = runner, min(num_blocks, MOST_BLOCKS), fails_at
         self.block_size, self.vocab_size = runner.block_size, runner.vocab_size
         self.steps = 0
-        runner._states.clear()
+        runner._picker._states.clear()
 
     @property
     def has_failed(self) -> bool:

@@ -35,6 +35,7 @@ class EchoLLM:
     thinks: bool = False
     finish_reason: str = "stop"
     calls: list[tuple[str, int, SamplingParams]] = field(default_factory=list)
+    closed: int = 0
     last_stats = SimpleNamespace(prefill_tokens=10, prefill_seconds=0.5, decode_tokens=6, decode_seconds=0.25)
 
     def chat(self, conversations: list[list[dict[str, str]]], sampling: SamplingParams) -> list[Any]:
@@ -44,6 +45,9 @@ class EchoLLM:
 
     def generate(self, prompts: list[str], sampling: SamplingParams) -> list[Any]:
         return self._answer("raw", prompts, sampling)
+
+    def close(self) -> None:
+        self.closed += 1
 
     def _answer(self, way: str, prompts: list[str], sampling: SamplingParams) -> list[Any]:
         self.calls.append((way, len(prompts), sampling))
@@ -98,6 +102,7 @@ def test_batches(capfd: pytest.CaptureFixture[str]) -> None:
         ["chat: c", "chat: d"],
     ]
     [llm] = loaded
+    assert llm.closed == 1
     assert llm.calls == [("chat", 2, SamplingParams(do_sample=False))] * 2
     assert (llm.options.model, llm.options.seed, llm.options.max_device_memory) == ("model", 0, 59 * 2**30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import multiprocessing
 import os
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor
 from glm4.ops.cpu import library
 from glm4.ops.cpu.linear import PackedLinear, bf16_linear, make_quantized_linear
 from glm4.ops.cpu.memory import Arena, huge_page_tensor
+from glm4.ops.cpu.panels import PanelWeight
 from glm4.ops.quantized import (
     QuantizedLinear,
     QuantizedWeight,
@@ -52,9 +54,9 @@ def random_activations(tokens: int, inputs: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed))
 
 
-def rounding_bound(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+def rounding_bound(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, largest: Tensor | None = None) -> Tensor:
     """What float32 may lose: a rounding for each group and a few at the end, of sums no larger than the magnitudes'."""
-    values, scale = quantize_activations(x)
+    values, scale = quantize_activations(x, largest)
     magnitudes = values.double().abs() @ weight.dequantize(torch.float64).abs().t() * scale.double()
     return (weight.scales.shape[1] + 4) * 2.0**-24 * (magnitudes + (0.0 if bias is None else bias.abs()))
 
@@ -91,25 +93,58 @@ eight_bits_by_row = st.builds(
     with_bias=st.booleans(),
     threads=st.integers(1, 5),
     before=st.integers(0, 3),
+    with_largest=st.booleans(),
 )
 @slow_to_set_up
 def test_equals_exact_arithmetic_on_every_instruction_set(
-    isas: list[str], weight: QuantizedWeight, tokens: int, with_bias: bool, threads: int, before: int
+    isas: list[str],
+    weight: QuantizedWeight,
+    tokens: int,
+    with_bias: bool,
+    threads: int,
+    before: int,
+    with_largest: bool,
 ) -> None:
-    """Odd shapes, no tokens at all, rows of a wider matrix that begin anywhere."""
+    """Odd shapes, no tokens at all, rows of a wider matrix that begin anywhere, scales of a larger whole."""
     bias = random_activations(1, weight.out_features, seed=3)[0] if with_bias else None
     x = random_activations(tokens, weight.in_features + 5)[:, before : before + weight.in_features]
+    largest = random_activations(2, tokens, seed=4)[0].abs() * 4 if with_largest else None
     layer = PackedLinear.pack(weight, bias)
     library.set_threads(threads)
     outputs = []
     for isa in isas:
         library.select_isa(isa)
-        outputs.append(layer(x))
-    exact = dynamic_quantized_linear(x.double(), weight, bias)
+        outputs.append(layer(x, largest))
+    exact = dynamic_quantized_linear(x.double(), weight, bias, largest)
     assert outputs[0].shape == exact.shape
-    assert ((outputs[0] - exact).abs() <= rounding_bound(x, weight, bias)).all()
+    assert ((outputs[0] - exact).abs() <= rounding_bound(x, weight, bias, largest)).all()
     for other in outputs[1:]:
         assert torch.equal(other, outputs[0])
+
+
+@given(tokens=st.integers(1, 9), seed=st.integers(0, 9))
+@slow_to_set_up
+def test_parts_of_the_inputs_add_up_to_the_whole(isas: list[str], tokens: int, seed: int) -> None:
+    """Where each is told the whole's largest magnitude: a sum is cut between groups, so only its rounding differs."""
+    weight = random_weight(50, 256, group_size=64, zeros=True, seed=seed)
+    assert weight.zeros is not None
+    x = random_activations(tokens, 256, seed)
+    x[0, 200] = torch.inf
+    largest = x.abs().amax(1)
+    halves = [
+        PackedLinear.pack(
+            QuantizedWeight(
+                4, 64, weight.values[:, n : n + 64], weight.scales[:, k : k + 2], weight.zeros[:, k : k + 2]
+            )
+        )
+        for n, k in ((0, 0), (64, 2))
+    ]
+    for isa in isas:
+        library.select_isa(isa)
+        first, second = halves[0](x[:, :128], largest), halves[1](x[:, 128:], largest)
+        whole = PackedLinear.pack(weight)(x)
+        assert first[0].isnan().all() and second[0].isnan().all() and whole[0].isnan().all()
+        assert ((first + second - whole)[1:].abs() <= 2 * rounding_bound(x, weight, None)[1:]).all()
 
 
 @given(weight=four_bits | eight_bits_by_row, tokens=st.integers(1, 20), threads=st.integers(1, 3))
@@ -180,6 +215,42 @@ def test_scales_below_the_normal_range_of_float16(isas: list[str]) -> None:
         ).all()
 
 
+@given(weight=four_bits | eight_bits_grouped | eight_bits_by_row)
+@slow_to_set_up
+def test_the_readable_order_of_panels_is_the_kernels(isas: list[str], weight: QuantizedWeight) -> None:
+    panels = PanelWeight.pack(weight)
+    packed = PackedLinear.pack(weight)
+    for ours, theirs in zip((panels.values, panels.scales, panels.zeros), packed._memory, strict=False):
+        assert ours is not None
+        assert torch.equal(ours.flatten().view(torch.uint8), theirs[: ours.nbytes])
+    back = panels.unpack()
+    assert torch.equal(back.values, weight.values) and torch.equal(back.scales, weight.scales)
+    assert weight.zeros is None or (back.zeros is not None and torch.equal(back.zeros, weight.zeros))
+    x = random_activations(2, weight.in_features)
+    assert torch.equal(make_quantized_linear(panels)(x), packed(x))
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_panels_are_used_where_they_lie_in_a_file(isas: list[str], tmp_path: Path) -> None:
+    weight, x = random_weight(77, 128, group_size=64, zeros=True), random_activations(3, 128)
+    panels = PanelWeight.pack(weight)
+    parts = [panels.values, panels.scales, panels.zeros]
+    mapped = []
+    for number, part in enumerate(parts):
+        assert part is not None
+        (tmp_path / str(number)).write_bytes(bytes(part.flatten().view(torch.uint8).tolist()))
+        with (tmp_path / str(number)).open("rb") as file:
+            view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        mapped.append(torch.frombuffer(view, dtype=part.dtype).view(part.shape))
+    layer = PackedLinear.over(PanelWeight(77, 128, 4, 64, *mapped))
+    assert layer._memory[0].data_ptr() == mapped[0].data_ptr()
+    assert torch.equal(layer(x), PackedLinear.pack(weight)(x))
+    with pytest.raises(ValueError, match="used where it lies"):
+        layer.fill(0, weight)
+    with pytest.raises(ValueError, match="no weight in panels"):
+        PackedLinear.over(PanelWeight(78 + 32, 128, 4, 64, *mapped))
+
+
 def test_weights_that_come_in_blocks_of_rows(isas: list[str]) -> None:
     weight = random_weight(100, 128, zeros=True)
     layer = PackedLinear(100, 128, 4, 32, zeros=True)
@@ -213,6 +284,9 @@ def test_activations_that_do_not_fit_are_refused(isas: list[str]) -> None:
             layer(x)
     with pytest.raises(ValueError, match="float16"):
         layer(torch.zeros(1, 64, dtype=torch.float16))
+    for largest in (torch.zeros(2), torch.zeros(1, 1), torch.zeros(1, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="largest"):
+            layer(torch.zeros(1, 64), largest)
 
 
 def test_threads_that_call_at_the_same_time(isas: list[str]) -> None:
@@ -276,7 +350,7 @@ def test_layers_share_an_arena(isas: list[str]) -> None:
     arena, x = Arena(), random_activations(3, 64)
     weights = [random_weight(40, 64, bits, seed=bits) for bits in (4, 8)]
     layers = [make_quantized_linear(weight, arena=arena) for weight in weights]
-    first, second = (layer._memory.data_ptr() for layer in layers)
+    first, second = (layer._memory[0].data_ptr() for layer in layers)
     assert first < second < first + 8192
     wanted = make_quantized_linear(weights[1])(x)
     del layers[0], arena
@@ -337,8 +411,8 @@ def test_group_sizes_that_the_kernels_do_not_know_run_on_the_reference(isas: lis
 )
 @slow_to_set_up
 def test_bfloat16_weights(isas: list[str], rows: int, inputs: int, tokens: int, with_bias: bool, threads: int) -> None:
-    """Float32 sums, rounded once; a token alone gives the same bits."""
-    weight = random_activations(rows, inputs, seed=1).bfloat16()
+    """Float32 sums, rounded once; a token alone gives the same bits; the weight may be columns of a wider one."""
+    weight = random_activations(rows, inputs + 3, seed=1).bfloat16()[:, 2:-1]
     bias = random_activations(1, rows, seed=2)[0] if with_bias else None
     x = random_activations(tokens, inputs + 1, seed=3).bfloat16()[:, 1:]
     exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())

@@ -51,6 +51,20 @@ def test_activations_are_off_by_half_a_step_at_most() -> None:
     assert ((values * scale - x).abs() <= 0.50001 * scale).all()
 
 
+def test_activations_that_are_a_part_of_a_larger_whole() -> None:
+    """Both halves are rounded as the whole is, also where the other one holds NaN or infinity."""
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    x[1, 3], x[2, 60], x[3] = torch.nan, -torch.inf, 0.0
+    largest = x.abs().amax(1)
+    values, scale = quantize_activations(x)
+    for half in (slice(0, 32), slice(32, 64)):
+        part_values, part_scale = quantize_activations(x[:, half], largest)
+        assert torch.equal(part_values, values[:, half])
+        assert torch.equal(part_scale.nan_to_num(-1.0), scale.nan_to_num(-1.0))
+    assert scale[1:3].isnan().all()
+    assert torch.equal(quantize_activations(x[4:], torch.zeros(2))[1], scale[4:])
+
+
 def test_both_references_agree_when_rounding_loses_nothing() -> None:
     """Whole numbers of which one is 127 are their own 8-bit form."""
     generator = torch.Generator().manual_seed(0)

@@ -362,7 +362,8 @@ def test_what_is_quantised_is_not_quantised_in_another_way(tmp_path: Path) -> No
         ),
         (compressed("pack-quantized") | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not supported"),
         (compressed("pack-quantized") | {"transform_config": {"R1": {}}}, "transform_config is not supported"),
-        ({"quant_method": "glm4", "format_version": 2}, "format_version 2 is not supported (supported: 1)"),
+        ({"quant_method": "glm4", "format_version": 1}, "format_version 1 is not supported (supported: 2)"),
+        ({"quant_method": "glm4", "format_version": True}, "format_version True is not supported (supported: 2)"),
     ],
 )
 def test_what_is_not_supported_is_named(settings: Any, words: str) -> None:

@@ -249,6 +249,7 @@ BAD: list[tuple[Json, str | None]] = [
     (ask("x", response_format={"type": "xml"}), "response_format"),
     (ask("x", response_format={"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}), "json_schema"),
     (ask("x", reasoning_effort="high"), "reasoning_effort"),
+    (ask("x", reasoning_effort="most"), "reasoning_effort"),
     (ask("x", thinking={"type": "enabled"}), "thinking"),
     (ask("x", reasoning_effort="none", thinking={"type": "enabled"}), "reasoning_effort"),
     (ask("x", grammar="start: ("), "grammar"),

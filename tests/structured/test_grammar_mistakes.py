@@ -33,6 +33,7 @@ from glm4.errors import OptionError
         ({"grammar": 'root ::= "a" tail'}, "grammar: Rule 'tail' not found"),
         ({"grammar": "start: <[*]>"}, "grammar: <…> names a token"),
         ({"grammar": 'start: "a" <|user|>'}, "grammar: <…> names a token"),
+        ({"grammar": "start: <|assistant|> <|user|>"}, "grammar: <…> names a token"),
         ({"choice": "abc"}, "choice: give a list of texts"),
         ({"choice": ["\ud800"]}, "choice: not valid Unicode"),
     ],

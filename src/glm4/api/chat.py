@@ -14,6 +14,8 @@ from glm4.options import SamplingParams
 from glm4.text.messages import normalise_tools
 
 Json = dict[str, Any]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How long a model is to think, in OpenAI's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,19 @@ class ChatRequest:
         """How to read the answers of a model that `thinks`, or has tools of its own."""
         names = [function["name"] for function in self.tools.functions] if self.tools.shown else []
         return AnswerForm(thinks and self.thinking is not False, names, has_own_tools)
+
+
+def thinking_of(effort: Effort | None, key: str) -> bool | None:
+    """Whether a model is to think; None where nothing is said.
+
+    Raises OptionError for a length of thought, which cannot be set; `key`: what the request calls it.
+    """
+    if effort not in (None, "none", "medium"):
+        raise OptionError(
+            f"{key}: {effort!r} is not supported, for how long a GLM-Z1 thinks cannot be set: use 'medium', which is "
+            "its own way, or 'none'"
+        )
+    return None if effort is None else effort != "none"
 
 
 def _without_strict(function: Json) -> Json:

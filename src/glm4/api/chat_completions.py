@@ -20,7 +20,7 @@ from glm4.api.bodies import (
     refuse_unless,
     sampling_of,
 )
-from glm4.api.chat import ChatRequest, ToolUse
+from glm4.api.chat import ChatRequest, Effort, ToolUse, thinking_of
 from glm4.api.events import DONE, data_event
 from glm4.api.openai import Head, token_logprobs, usage
 from glm4.engine.request import RequestOutput
@@ -70,7 +70,7 @@ class ChatCompletionBody(OpenAIBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     stream_options: StreamOptions | None = None
-    reasoning_effort: Literal["none", "medium"] | None = None
+    reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
 
 
@@ -117,11 +117,9 @@ class ChatCompletionRequest:
 
 
 def _thinking(said: ChatCompletionBody) -> bool | None:
-    answers = set()
-    if said.thinking is not None:
-        answers.add(said.thinking.type == "enabled")
-    if said.reasoning_effort is not None:
-        answers.add(said.reasoning_effort != "none")
+    by_effort = thinking_of(said.reasoning_effort, "reasoning_effort")
+    by_type = None if said.thinking is None else said.thinking.type == "enabled"
+    answers = {by_effort, by_type} - {None}
     if len(answers) > 1:
         raise OptionError("reasoning_effort and thinking contradict each other: keep one of them")
     return answers.pop() if answers else None

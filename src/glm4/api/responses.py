@@ -18,7 +18,7 @@ from glm4.api.bodies import (
     refuse_unless,
     sampling_of,
 )
-from glm4.api.chat import ChatRequest, ToolUse
+from glm4.api.chat import ChatRequest, Effort, ToolUse, thinking_of
 from glm4.api.events import data_event
 from glm4.api.openai import Head
 from glm4.engine.request import RequestOutput
@@ -60,7 +60,7 @@ class TextSettings(msgspec.Struct, forbid_unknown_fields=True):
 class Reasoning(msgspec.Struct, forbid_unknown_fields=True):
     """Whether a model that thinks first (GLM-Z1) does so."""
 
-    effort: Literal["none", "medium"] | None = None
+    effort: Effort | None = None
 
 
 class ResponsesBody(OpenAIBody, kw_only=True):
@@ -114,7 +114,7 @@ class ResponsesRequest:
                 said.parallel_tool_calls,
             ),
             sampling=sampling_of(body, values),
-            thinking=None if effort is None else effort != "none",
+            thinking=thinking_of(effort, "reasoning.effort"),
             answer_schema=_schema(said.text),
         )
         echoed = {

@@ -9,6 +9,7 @@ from typing import Any
 
 from glm4.errors import OptionError
 from glm4.structured.grammar import json_schema_rule
+from glm4.text.tool_calls import NEXT_CALL
 
 Json = dict[str, Any]
 
@@ -22,9 +23,11 @@ def tool_grammar(
     precede the calls. parallel: there may be several. A function's arguments satisfy its parameters, or, with
     `loose`, only where it says strict. Raises OptionError that names a schema which is not supported.
     """
-    calls = "call (NEXT call)*" if parallel else "call"
+    calls = "call (next call)*" if parallel else "call"
     rules = [_call_rule(at, tool, loose and not tool.get("strict")) for at, tool in enumerate(tools)]
-    lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}", *rules, r'NEXT: "\n"']
+    lines = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}", *rules]
+    if parallel:
+        lines.append(rf'next: {NEXT_CALL} | "\n"')
     if forced:
         return "\n".join([f"start: {calls}", *lines])
     if answer_schema is not None:
@@ -33,7 +36,7 @@ def tool_grammar(
     names = "|".join(_escaped(str(tool["name"])) for tool in tools)
     return "\n".join(
         [
-            f"start: LINE* (LAST | {calls})?",
+            f"start: LINE* (LAST | (LAST {NEXT_CALL})? {calls})?",
             rf"LINE: /[^\n]*\n/ & ~/[ \t\r]*({names})[ \t\r]*\n/",  # a name on a line of its own begins a call
             r"LAST: /[^\n]+/",
             *lines,

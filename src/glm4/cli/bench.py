@@ -182,14 +182,14 @@ def _conditions(llm: LLM) -> Json:
 
     from glm4.ops.cpu.library import kernels_summary
 
-    weights = llm.model.embed_tokens
+    device = None if llm.model is None else llm.model.device
     return {
         "model": llm.options.model,
-        "device": str(weights.device),
-        "dtype": str(weights.dtype).removeprefix("torch."),
+        "device": "mindspore" if device is None else str(device),
+        "dtype": llm.plan.dtype,
         "weights": llm.plan.weight_format,
         "threads": torch.get_num_threads(),
-        "kernels": kernels_summary() if weights.device.type == "cpu" else None,
+        "kernels": kernels_summary() if device is not None and device.type == "cpu" else None,
         "max_batch_tokens": llm.options.max_batch_tokens,
         "max_batch_requests": llm.options.max_batch_requests,
     }
@@ -208,7 +208,9 @@ def _show(llm: LLM, run: Run, found: Json, ceilings: Ceilings | None) -> None:
     from glm4.bench.run import shares
 
     if ceilings is not None:
-        found["ceilings"] = shares(run, Work.of(llm.config, llm.model.embed_tokens.dtype, llm.plan.layouts), ceilings)
+        import torch
+
+        found["ceilings"] = shares(run, Work.of(llm.config, getattr(torch, llm.plan.dtype), llm.plan.layouts), ceilings)
     _print_tables(found)
     click.echo(json.dumps(found, ensure_ascii=False))
 

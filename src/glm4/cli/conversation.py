@@ -72,23 +72,25 @@ class Conversation:
         return True
 
     def _ask(self, question: str) -> None:
-        """Put a question; where no answer begins, nothing of it stays."""
-        before = len(self.messages)
+        """Let the model speak, and call what it asks for, until it asks for nothing more.
+
+        Where that fails, rounds of calls that are whole stay, for what they did is done; nothing else does.
+        """
+        before = kept = len(self.messages)
         self.messages.append({"role": "user", "content": question})
         try:
-            self._answer()
+            for _ in range(self.max_rounds):
+                answer = self._speak()
+                self.messages.append(_as_message(answer, len(self.messages)))
+                if not answer.calls:
+                    return
+                self._call_tools(answer)
+                kept = len(self.messages)
         except (Glm4Error, KeyboardInterrupt):
-            del self.messages[before:]
+            del self.messages[kept:]
+            if kept > before:
+                click.echo("(the calls so far and their results stay: say something to go on, or /undo)", err=True)
             raise
-
-    def _answer(self) -> None:
-        """Let the model speak, and call what it asks for, until it asks for nothing more."""
-        for _ in range(self.max_rounds):
-            answer = self._speak()
-            self.messages.append(_as_message(answer, len(self.messages)))
-            if not answer.calls:
-                return
-            self._call_tools(answer)
         click.echo(
             f"(no answer after {self.max_rounds} rounds of calls: say something, or raise --max-rounds)", err=True
         )

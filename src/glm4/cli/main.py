@@ -16,7 +16,10 @@ import glm4
 from glm4.errors import INTERRUPTED, Glm4Error, OutputError
 from glm4.options import nearest
 
-COMMANDS = ("generate", "chat", "serve", "batch", "bench", "plan", "quantize", "verify", "download", "completion")
+COMMANDS = (
+    *("generate", "chat", "serve", "batch", "bench", "plan", "quantize", "verify", "download"),
+    *("launch", "doctor", "completion"),
+)
 _OWN_FLAGS = ("--help", "-h", "--version")
 
 

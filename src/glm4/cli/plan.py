@@ -173,8 +173,6 @@ def _advise(console: Console, plan: MemoryPlan, model: str, limit: int, cards: i
         f"fits on {where} with {gib(limit)} each: {gib(best.weights)} weights, "
         f"{best.kv_tokens(limit):,} tokens of KV cache"
     )
-    if best.cards > 1:
-        console.print("(several cards are not in this version yet: for MindSpore Transformers, or a later one)")
     click.echo("\n# the keys of configs/glm4/predict_glm4.yaml that say so")
     click.echo(_yaml(best, model, limit), nl=False)  # the console would wrap long lines
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glm4.errors import EngineError, OptionError
-from glm4.options import DTYPES, QUANTIZATIONS, SamplingParams
+from glm4.options import BACKENDS, DTYPES, QUANTIZATIONS, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,7 @@ class Comparison:
 @click.argument("model", type=click.Path())
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True, help="number format")
 @click.option("--device", default="cpu", show_default=True, help="where our side runs; the reference runs on the CPU")
+@click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True, help="what computes here")
 @click.option("--tokens", type=click.IntRange(1, 512), default=32, show_default=True, help="greedy tokens per prompt")
 @click.option(
     "--quantization",
@@ -99,6 +100,7 @@ def command(
     model: str,
     dtype: str,
     device: str,
+    backend: str,
     tokens: int,
     quantization: str,
     against: str | None,
@@ -120,7 +122,7 @@ def command(
         raise OptionError("verify compares with transformers, which is not installed: pip install 'transformers>=5'")
     original = _original(model, against)
     click.echo("running here …", err=True)
-    options = {"dtype": dtype, "device": device, "quantization": quantization}
+    options = {"dtype": dtype, "device": device, "backend": backend, "quantization": quantization}
     ids, ours, our_answers, unknown = _run_ours(model, options, tokens, prompts or _QUESTIONS)
     gc.collect()
     click.echo("running transformers …", err=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -17,23 +16,14 @@ from typing import Any
 import torch
 from typing_extensions import TypeIs
 
-from glm4 import device as devices
 from glm4.checkpoint.folder import ModelFolder
-from glm4.checkpoint.safetensors_reader import Checkpoint
-from glm4.engine.draft_model import DraftModel, open_draft
-from glm4.engine.engine import Engine
+from glm4.engine.build import build_engine
 from glm4.engine.progress import answer_progress
 from glm4.engine.request import Reading, RequestOutput
 from glm4.engine.stats import EngineStats
-from glm4.engine.torch_runner import TorchRunner
 from glm4.errors import EngineError, OptionError, PromptError
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
-from glm4.model.loading import load_model
-from glm4.model.utils import shapes_of
-from glm4.ops.cpu import library
-from glm4.options import GREEDY, EngineOptions, SamplingParams, options_from
-from glm4.plan import MemoryPlan, gib, memory_limit
-from glm4.quantization.weights import Weights
+from glm4.options import EngineOptions, SamplingParams, options_from
 from glm4.text.chat import ChatTemplate
 from glm4.text.tokenizer import Tokenizer
 
@@ -62,68 +52,30 @@ class LLM:
 
         options: the folder, or all options at once; overrides: single EngineOptions by name.
         on_load(tensors done, tensors in all) is called while the weights load.
+        With tensor_parallel or pipeline_parallel, the other ranks are started here, unless a launcher did (RANK is
+        set); on a rank that only follows, this serves until the first one is done, and leaves with SystemExit.
         Raises a Glm4Error that names what is wrong with the options, the folder, the device or the memory.
         """
         if not isinstance(options, EngineOptions):
             options = EngineOptions(model=str(options))
         self.options = options = replace(options, **_checked(overrides))
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        library.set_threads(torch.get_num_threads())
         folder = ModelFolder.open(options.model)
         self.config = Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
         self.tokenizer = Tokenizer.from_folder(folder.path)
         self._template = ChatTemplate.from_folder(folder.path)
         generation = folder.read_json("generation_config.json", required=False) or {}
-        self.engine = self._build_engine(folder, folder_sampling(generation, self.thinks), on_load)
+        said = folder_sampling(generation, self.thinks)
+        self._built = built = build_engine(options, folder, self.config, self.tokenizer, said, on_load)
+        self.engine, self.plan, self.model = built.engine, built.plan, built.model
         self.last_stats = EngineStats()
         self._lock = threading.RLock()
         self._inboxes: dict[int, deque[RequestOutput | EngineError]] = {}
         """Where the outputs of each open request go: one inbox for each call, from whichever thread."""
 
-    def _build_engine(self, folder: ModelFolder, said: SamplingParams, on_load: Callable[[int, int], None]) -> Engine:
-        options, config = self.options, self.config
-        checkpoint = Checkpoint.open(folder)
-        device = devices.select_device(options.device, options.device_id)
-        stored = checkpoint.info("model.embed_tokens.weight").dtype
-        dtype = devices.select_dtype(options.dtype, stored, device)
-        max_len = _max_model_len(options, config)
-        draft = open_draft(options.speculative_model, folder, self.tokenizer) if options.speculative_model else None
-        weights = Weights(checkpoint, shapes_of(config), options.quantization)
-        self.plan = plan = MemoryPlan.of(
-            config, options, str(dtype).removeprefix("torch."), max_len,
-            draft=draft and draft[1], layouts=weights.layouts,
-        )  # fmt: skip
-        free = devices.free_memory(device)
-        limit = memory_limit(options.max_device_memory, free)
-        num_blocks = plan.kv_blocks(limit, free)
-        log.info(
-            "%s, %s on %s: weights %s, KV cache for %d tokens in %s, %s allowed",
-            folder.path.name, plan.weight_format, device, gib(plan.weights), num_blocks * options.block_size,
-            plan.kv_dtype, gib(limit),
-        )  # fmt: skip
-        if device.type == "cpu":
-            log.info("CPU kernels: %s", library.kernels_summary())
-        total, done = sum(len(shapes_of(model)) for model in (config, draft and draft[1]) if model), 0
-
-        def count(name: str) -> None:
-            nonlocal done
-            done += 1
-            on_load(done, total)
-
-        def load_runner(checkpoint: Checkpoint, config: Glm4Config) -> TorchRunner:
-            model = load_model(checkpoint, config, device, dtype, count, options.quantization)
-            unknown_ids = self.tokenizer.unknown_ids(config.vocab_size)
-            return TorchRunner(model, num_blocks, options.block_size, unknown_ids, getattr(torch, plan.kv_dtype))
-
-        started = time.perf_counter()
-        runner, drafter = load_runner(checkpoint, config), None
-        self.model = runner.model
-        if draft and plan.draft:
-            drafter = DraftModel(load_runner(*draft), plan.draft.max_batch_tokens, plan.draft.context)
-        log.info("loaded in %.1f s", time.perf_counter() - started)
-        max_len = min(max_len, num_blocks * options.block_size)
-        return Engine(runner, self.tokenizer, said.over(GREEDY), config.eos_token_ids, max_len, options, drafter)
+    def close(self) -> None:
+        """End the other ranks, if there are any; the model cannot be used afterwards."""
+        if self._built.ranks is not None:
+            self._built.ranks.close()
 
     @property
     def has_chat_template(self) -> bool:
@@ -369,13 +321,3 @@ def _is_conversation(value: Any) -> TypeIs[Sequence[Message]]:
 
 def _is_prompt(value: Any) -> TypeIs[Prompt]:
     return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int))
-
-
-def _max_model_len(options: EngineOptions, config: Glm4Config) -> int:
-    asked = options.max_model_len or config.max_context
-    if asked > config.max_context:
-        raise OptionError(
-            f"max_model_len {asked} is beyond the {config.max_context} positions this model was made for: lower it, "
-            "or add YaRN to config.json"
-        )
-    return asked

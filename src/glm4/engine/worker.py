@@ -36,7 +36,7 @@ from glm4.engine.messages import (
     to_frame,
 )
 from glm4.engine.request import Reading, RequestOutput
-from glm4.errors import EngineError, Glm4Error
+from glm4.errors import EngineError, Glm4Error, LostRankError
 from glm4.options import SamplingParams
 
 MAX_FAILED_STEPS = 3
@@ -206,7 +206,7 @@ class Worker:
         """One step. An error that the engine does not expect leaves it in an unknown state, and ends the process."""
         outputs = self._engine.step()
         failures = self._engine.failures
-        if len(failures) >= MAX_FAILED_STEPS:
+        if len(failures) >= MAX_FAILED_STEPS or any(isinstance(failure, LostRankError) for failure in failures):
             raise failures[-1]
         if failures:
             log.error("a step failed", exc_info=failures[-1])

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from glm4.errors import CheckpointError, OptionError, OutputError
-from glm4.mindformers.keys import Key, Said, find, parse
+from glm4.mindformers.keys import NO_GRAPH, Key, Said, find, parse
 from glm4.mindformers.prompts import read_prompts
 from glm4.mindformers.sources import find_config, read_flags, read_yaml
 from glm4.options import EngineOptions, SamplingParams, nearest
+from glm4.parallel.world import Degrees, Place
 
 RESULT_FILE = "text_generation_result.txt"
 
@@ -30,7 +31,9 @@ class PredictJob:
     """None: where the folder has one."""
     result_path: Path
     output_dir: Path
-    """The log goes to `log/rank_0/info.log` below it, as in MindSpore Transformers."""
+    """The log of each rank goes to `log/rank_<rank>/info.log` below it, as in MindSpore Transformers."""
+    place: Place
+    """Which of the processes this one is."""
     notes: tuple[str, ...]
     """One line for each key that was given and changes nothing, with the reason."""
 
@@ -39,6 +42,10 @@ class PredictJob:
         """The prompts, `batch_size` at a time."""
         starts = range(0, len(self.prompts), self.batch_size)
         return [list(self.prompts[start : start + self.batch_size]) for start in starts]
+
+    def share(self, batch: list[str]) -> list[str]:
+        """What this process's copy of the model answers of a batch."""
+        return batch[self.place.data_rank :: self.place.degrees.data]
 
 
 def read_job(
@@ -55,8 +62,10 @@ def read_job(
     said = {**read_yaml(find_config(line.config, repository)), **line.said}
     values = _Values(said)
     _check_run_mode(values)
-    _check_parallel(values, environment)
     engine = values.group("engine")
+    place = _place(values, engine, environment)
+    if engine.get("backend", "torch") == "torch" and engine.pop("graph_mode", None) is not None:
+        values.notes.append(f"ignored: context.mode — {NO_GRAPH}")
     engine["model"] = _model_folder(values)
     engine["dtype"] = _dtype(values)
     if not (data := values.get("predict_data")):
@@ -72,6 +81,7 @@ def read_job(
         use_chat_template=values.get("use_chat_template"),
         result_path=result_path,
         output_dir=values.get("output_dir") or Path("output"),
+        place=place,
         notes=tuple(values.notes),
     )
 
@@ -137,27 +147,29 @@ def _check_run_mode(values: _Values) -> None:
         raise OptionError(f"{values.where('run_mode')}: unknown run_mode {mode!r}{nearest(mode, ['predict'])}")
 
 
-def _check_parallel(values: _Values, environment: Mapping[str, str]) -> None:
-    """The degrees' product is the number of processes; this version has one process."""
-    try:
-        processes = int(environment.get("WORLD_SIZE") or 1)
-    except ValueError as error:
-        raise OptionError(f"WORLD_SIZE: {environment['WORLD_SIZE']!r} is not a whole number") from error
-    degrees = {name: values.get(name, 1) for name in ("data_parallel", "model_parallel", "pipeline_stage")}
-    product = degrees["data_parallel"] * degrees["model_parallel"] * degrees["pipeline_stage"]
-    several = ", ".join(f"parallel_config.{name} {degree}" for name, degree in degrees.items() if degree > 1)
+def _place(values: _Values, engine: Mapping[str, Any], environment: Mapping[str, str]) -> Place:
+    """Which process this is. Raises OptionError where the degrees do not multiply to the number of processes."""
+    said = {
+        "data_parallel": engine.get("data_parallel", 1),
+        "model_parallel": engine.get("tensor_parallel", 1),
+        "pipeline_stage": engine.get("pipeline_parallel", 1),
+    }
+    several = ", ".join(f"parallel_config.{name} {degree}" for name, degree in said.items() if degree > 1)
     if several and not values.get("use_parallel", False):
         raise OptionError(
             f"{several} needs use_parallel True, which is not said: pass --use_parallel True, or set the degree to 1"
         )
-    not_yet = "several cards are not in this version yet"
-    if product != processes:
+    degrees = Degrees(said["model_parallel"], said["pipeline_stage"], said["data_parallel"])
+    processes = environment.get("WORLD_SIZE") or "1"
+    if not (processes.isascii() and processes.isdigit()):
+        raise OptionError(f"WORLD_SIZE: {processes!r} is not a whole number")
+    if int(processes) != degrees.product:
         raise OptionError(
-            f"the parallel degrees multiply to {product}, but the number of processes (WORLD_SIZE) is {processes}: "
-            f"set the degrees to 1 and start one process ({not_yet})"
+            f"the parallel degrees multiply to {degrees.product}, but the number of processes (WORLD_SIZE) is "
+            f'{processes}: start {degrees.product} with bash scripts/msrun_launcher.sh "run_mindformer.py …" '
+            f"{degrees.product}, or change a degree"
         )
-    if product > 1:
-        raise OptionError(f"{several}: {not_yet}; set it to 1 and start one process")
+    return Place.from_environment(degrees, environment)
 
 
 def _model_folder(values: _Values) -> str:

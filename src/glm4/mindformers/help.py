@@ -14,6 +14,8 @@ Answer prompts with a GLM-4-0414 model, from the command line of MindSpore Trans
       --predict_data '请介绍一下北京'
   python run_mindformer.py --config configs/glm4/predict_glm4.yaml --predict_data prompts.txt \\
       --predict_batch_size 4 --generation_config.max_new_tokens 200
+  bash scripts/msrun_launcher.sh "run_mindformer.py --config configs/glm4/predict_glm4.yaml --use_parallel True \\
+      --parallel_config.model_parallel 2 --predict_data '请介绍一下北京'" 2
 
 A value is taken from the flag, else from the YAML file, else from the model folder and the defaults. Every key
 below can stand in the YAML file (dots are indentation), and on the command line as --KEY VALUE, as --KEY=VALUE,
@@ -32,9 +34,6 @@ _JOB_HELP = {
     "pretrained_model_dir": "the Hugging Face folder of the model",
     "load_checkpoint": "the same folder, or nothing",
     "use_parallel": "True where a degree below is above 1 (False)",
-    "data_parallel": "copies of the model (1)",
-    "model_parallel": "cards that share each matrix (1)",
-    "pipeline_stage": "cards that share the layers (1)",
 }
 
 

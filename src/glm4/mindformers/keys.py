@@ -92,7 +92,7 @@ OPTION_GROUPS: dict[str, type] = {"engine": EngineOptions, "params": EngineOptio
 """Groups whose values an option of glm4.options describes ("params" holds params_dtype, read as a dtype)."""
 
 _NO_TRAINING = "training is not part of this program"
-_NO_GRAPH = "there is no MindSpore graph in this runner"
+NO_GRAPH = "there is no MindSpore graph in this runner"
 _FROM_FOLDER = "config.json in pretrained_model_dir decides"
 _NOT_IN_THE_RESULT = ("logprobs", "prompt_logprobs", "n", "best_of")
 _ONE_TEXT = "the result file has one text for a prompt; use glm4 batch, or LLM in Python, for more"
@@ -137,6 +137,7 @@ KEYS: tuple[Key, ...] = (
     Key("model.model_config.seq_length", sets="engine.max_model_len"),
     Key("model.model_config.block_size", sets="engine.block_size"),
     Key("model.model_config.kv_cache_dtype", sets="engine.kv_cache_dtype"),
+    Key("model.model_config.quantization", sets="engine.quantization"),
     Key(
         "model.model_config.num_blocks",
         ignored="the KV cache is sized from context.max_device_memory",
@@ -166,16 +167,17 @@ KEYS: tuple[Key, ...] = (
         means={"ascend": "npu", "gpu": "cuda", "cpu": "cpu"},
     ),
     Key("context.max_device_memory", sets="engine.max_device_memory"),
-    Key("context.mode", ignored=_NO_GRAPH, choices=("0", "1"), flag="mode"),
-    Key("context.enable_graph_kernel", ignored=_NO_GRAPH, kind="true or false"),
+    Key("context.backend", sets="engine.backend", flag="backend"),
+    Key("context.mode", sets="engine.graph_mode", flag="mode", choices=("0", "1"), means={"0": "true", "1": "false"}),
+    Key("context.enable_graph_kernel", ignored=NO_GRAPH, kind="true or false"),
     Key("context.ascend_config.*", ignored="weights and arithmetic keep the dtype of model.model_config.compute_dtype"),
-    Key("context.save_graphs", ignored=_NO_GRAPH, kind="true or false"),
-    Key("context.save_graphs_path", ignored=_NO_GRAPH),
+    Key("context.save_graphs", ignored=NO_GRAPH, kind="true or false"),
+    Key("context.save_graphs_path", ignored=NO_GRAPH),
     # several cards
     Key("use_parallel", sets="job.use_parallel", kind="true or false"),
-    Key("parallel_config.data_parallel", sets="job.data_parallel", kind="count"),
-    Key("parallel_config.model_parallel", sets="job.model_parallel", kind="count"),
-    Key("parallel_config.pipeline_stage", sets="job.pipeline_stage", kind="count"),
+    Key("parallel_config.data_parallel", sets="engine.data_parallel"),
+    Key("parallel_config.model_parallel", sets="engine.tensor_parallel"),
+    Key("parallel_config.pipeline_stage", sets="engine.pipeline_parallel"),
     Key("parallel_config.expert_parallel", ignored="GLM-4 has no experts", kind="count"),
     Key("parallel_config.micro_batch_num", ignored=_NO_TRAINING, kind="count"),
     Key("parallel_config.gradient_aggregation_group", ignored=_NO_TRAINING, kind="count"),

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from glm4.errors import INTERRUPTED, EngineError, Glm4Error, OptionError, Output
 from glm4.interrupts import interrupts_held
 from glm4.mindformers.config import PredictJob, read_job
 from glm4.mindformers.help import help_text
+from glm4.mindformers.replicas import Answer, exchange
 from glm4.mindformers.result import answer_line, check_writable, write_results
 from glm4.options import EngineOptions
 from glm4.text.reasoning import split_thought
@@ -49,8 +50,9 @@ def main(argv: Sequence[str], repository: Path | None = None, load: Callable[[En
             _print(help_text())
             return 0
         job = read_job(argv, repository)
-        check_writable(job.result_path)
-        with _logging_to(job.output_dir):
+        if job.place.rank == 0:
+            check_writable(job.result_path)
+        with _logging_to(job.output_dir / "log" / f"rank_{job.place.rank}" / "info.log"):
             run(job, load)
     except Glm4Error as error:
         if "--debug" in argv:
@@ -64,36 +66,50 @@ def main(argv: Sequence[str], repository: Path | None = None, load: Callable[[En
 
 
 def run(job: PredictJob, load: Callable[[EngineOptions], Any]) -> None:
-    """Answer the prompts of `job` with the model that `load` gives; print and write the answers.
+    """Answer the prompts of `job` with the model that `load` gives; the first rank prints and writes the answers.
 
+    Every replica of the model answers its share of each batch. A rank that leads none leaves inside `load`.
     Raises the Glm4Error of whatever failed.
     """
     for note in job.notes:
         log.info(note)
     started = time.perf_counter()
     log.info("loading %s", job.engine.model)
-    llm = load(job.engine)
-    log.info("ready after %.2f s", time.perf_counter() - started)
-    answer = _answerer(llm, job)
-    results, total = [], EngineStats()
-    for number, prompts in enumerate(job.batches, 1):
-        first = (number - 1) * job.batch_size + 1
-        try:
-            outputs = answer(prompts)
-        except PromptError as error:
-            raise PromptError(_which(first, len(prompts), len(job.prompts)) + str(error)) from error
-        _refuse_failures(outputs, first, len(job.prompts))
-        results.append([_answer(llm, job, output) for output in outputs])
-        _print(answer_line(results[-1]))
-        _warn_of_cut(outputs, first)
-        write_results(job.result_path, results)  # after each batch, so that a later failure loses nothing
-        total += llm.last_stats
-    log.info("answered %d prompt%s", len(job.prompts), "" if len(job.prompts) == 1 else "s")
+    with closing(load(job.engine)) as llm:
+        log.info("ready after %.2f s", time.perf_counter() - started)
+        total = _answer_all(llm, job)
+        has_chat_template = llm.has_chat_template
+    own = sum(len(job.share(prompts)) for prompts in job.batches)
+    log.info("answered %d prompt%s", own, "" if own == 1 else "s")
     for line in total.lines():
         log.info(line)
-    command = "chat" if llm.has_chat_template else "generate '从前，'"
-    print(f"\nresult: {job.result_path}", file=sys.stderr)
-    print(f"next:   {_python()} -m glm4 {command} -m {shlex.quote(job.engine.model)}", file=sys.stderr)
+    if job.place.rank == 0:
+        command = "chat" if has_chat_template else "generate '从前，'"
+        print(f"\nresult: {job.result_path}", file=sys.stderr)
+        print(f"next:   {_python()} -m glm4 {command} -m {shlex.quote(job.engine.model)}", file=sys.stderr)
+
+
+def _answer_all(llm: LLM, job: PredictJob) -> EngineStats:
+    """Batch by batch; how long this rank took."""
+    answer, place = _answerer(llm, job), job.place
+    results, total = [], EngineStats()
+    for number, prompts in enumerate(job.batches):
+        first = number * job.batch_size + 1
+        share = job.share(prompts)
+        try:
+            outputs = answer(share) if share else []
+        except PromptError as error:
+            raise PromptError(_which(first, len(prompts), len(job.prompts)) + str(error)) from error
+        if share:
+            total += llm.last_stats
+        answers = exchange(number, [_answer(llm, job, output) for output in outputs], place)
+        if place.rank == 0:
+            _refuse_failures(answers, first, len(job.prompts))
+            results.append([answer.text for answer in answers])
+            _print(answer_line(results[-1]))
+            _warn_of_cut(answers, first)
+            write_results(job.result_path, results)  # after each batch, so that a later failure loses nothing
+    return total
 
 
 def _answerer(llm: LLM, job: PredictJob) -> Callable[[list[str]], list[RequestOutput]]:
@@ -106,13 +122,13 @@ def _answerer(llm: LLM, job: PredictJob) -> Callable[[list[str]], list[RequestOu
     return lambda prompts: llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], job.sampling)
 
 
-def _answer(llm: LLM, job: PredictJob, output: RequestOutput) -> str:
+def _answer(llm: LLM, job: PredictJob, output: RequestOutput) -> Answer:
     """The words meant for the reader; a GLM-Z1's thought goes to the log."""
-    if job.use_chat_template is False or not llm.thinks:
-        return output.text
-    thought, answer = split_thought(output.text, inside=True)
-    log.info("thought: %s", (thought or "").strip())
-    return answer
+    text = output.text
+    if job.use_chat_template is not False and llm.thinks and output.error is None:
+        thought, text = split_thought(output.text, inside=True)
+        log.info("thought: %s", (thought or "").strip())
+    return Answer(text, len(output.token_ids), output.finish_reason == "length", output.error)
 
 
 def _which(first: int, count: int, total: int) -> str:
@@ -122,27 +138,24 @@ def _which(first: int, count: int, total: int) -> str:
     return f"prompt {first}: " if count == 1 else f"one of prompts {first} to {first + count - 1}: "
 
 
-def _refuse_failures(outputs: Sequence[RequestOutput], first: int, total: int) -> None:
+def _refuse_failures(answers: Sequence[Answer], first: int, total: int) -> None:
     """A result file holds whole answers: raise EngineError for one that failed."""
-    for number, output in enumerate(outputs, first):
-        if output.error is not None:
-            raise EngineError(_which(number, 1, total) + output.error)
+    for number, answer in enumerate(answers, first):
+        if answer.error is not None:
+            raise EngineError(_which(number, 1, total) + answer.error)
 
 
-def _warn_of_cut(outputs: Sequence[RequestOutput], first: int) -> None:
-    for number, output in enumerate(outputs, first):
-        if output.finish_reason == "length":
+def _warn_of_cut(answers: Sequence[Answer], first: int) -> None:
+    for number, answer in enumerate(answers, first):
+        if answer.cut:
             log.warning(
-                "answer %d is cut off after %d tokens: raise max_new_tokens or max_length",
-                number,
-                len(output.token_ids),
+                "answer %d is cut off after %d tokens: raise max_new_tokens or max_length", number, answer.tokens
             )
 
 
 @contextmanager
-def _logging_to(output_dir: Path) -> Iterator[None]:
-    """Log lines go to standard error and to a file below `output_dir` for as long as the job runs."""
-    path = output_dir / "log" / "rank_0" / "info.log"
+def _logging_to(path: Path) -> Iterator[None]:
+    """Log lines go to standard error and to a file for as long as the job runs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,32 +78,40 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 class QuantizedLinear:
     """The layer that runs where no kernel does: `quantized_linear` with a weight and bias of its own."""
 
+    needs_largest: ClassVar[bool] = False
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         """bias: [out]."""
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [tokens, in] → [tokens, out], of x's dtype."""
+    def __call__(self, x: Tensor, largest: Tensor | None = None) -> Tensor:
+        """x: [tokens, in] → [tokens, out], of x's dtype; `largest` changes nothing, as nothing is rounded."""
         return quantized_linear(x, self.weight, self.bias)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each token's values as whole numbers of -127 … 127 and one scale: int8 [tokens, in], float32 [tokens, 1].
 
+    The scale is a 127th of the token's largest magnitude or, where that is more, of `largest`, float32 [tokens]: what
+    it is over all inputs where x holds a part of them, so that the parts are rounded as the whole is.
     A token that holds NaN or infinity has the scale NaN; one whose values are all below 1e-30 becomes zeros.
     """
     wide = x.float()
-    largest = wide.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else wide.new_zeros(x.shape[0], 1)
-    usable = torch.isfinite(largest) & (largest > 1e-30)
-    inverse = torch.where(usable, 127.0 / largest, 0.0)
+    most = wide.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else wide.new_zeros(x.shape[0], 1)
+    if largest is not None:
+        most = torch.maximum(most, largest[:, None])
+    usable = torch.isfinite(most) & (most > 1e-30)
+    inverse = torch.where(usable, 127.0 / most, 0.0)
     values = torch.where(usable, wide * inverse, 0.0).round().clamp(-127, 127).to(torch.int8)
-    return values, torch.where(torch.isfinite(largest), largest / 127.0, torch.nan)
+    return values, torch.where(torch.isfinite(most), most / 127.0, torch.nan)
 
 
-def dynamic_quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def dynamic_quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, largest: Tensor | None = None
+) -> Tensor:
     """x · wᵀ + bias with x rounded to 8 bits a token, as the CPU kernels compute it: exact whole numbers in a group,
-    float64 across groups; x: [tokens, in] → [tokens, out], of x's dtype."""
-    values, scale = quantize_activations(x)
+    float64 across groups; x: [tokens, in], `largest`: as in `quantize_activations` → [tokens, out], of x's dtype."""
+    values, scale = quantize_activations(x, largest)
     by_group = (-1, weight.in_features // weight.group_size, weight.group_size)
     grouped_x = values.double().view(by_group).transpose(0, 1)  # sums stay below 2**53: exact
     grouped_w = weight.integers().double().view(by_group).transpose(0, 1)

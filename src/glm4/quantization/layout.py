@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 GROUP_SIZES = (128, 64, 32)
 """Inputs that may share a scale of 4-bit weights, the smallest folder first."""
@@ -68,3 +69,34 @@ def stored_layout(bits: int, group_size: int, inputs: int, symmetric: bool) -> L
         return Layout(8, inputs, zeros=False) if symmetric and group_size == inputs else None
     sizes = [size for size in GROUP_SIZES if group_size % size == 0]
     return Layout(4, sizes[0], zeros=not symmetric) if sizes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a weight that a rank holds: rows (axis 0) or columns (axis 1), in ranges that follow one another."""
+
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's."""
+        size = sum(end - first for first, end in self.ranges)
+        return (*whole[: self.axis], size, *whole[self.axis + 1 :])
+
+    def group_size(self, whole: int, inputs: int) -> int:
+        """Columns of the part that share a scale, where groups of `whole` of the `inputs` columns did.
+
+        One scale a row is one for any part of it; groups that are cut in two become smaller ones with the same scale.
+        """
+        if self.axis == 0:
+            return whole
+        [(first, end)] = self.ranges
+        return end - first if whole == inputs else gcd(whole, first, end)
+
+    def on_boundaries(self, group_size: int) -> bool:
+        """No group of columns is cut in two."""
+        return self.axis == 0 or all(place % group_size == 0 for ends in self.ranges for place in ends)
+
+    def one_by_one(self) -> list[Cut]:
+        """Its ranges, each alone."""
+        return [Cut(self.axis, (each,)) for each in self.ranges]

@@ -2,10 +2,11 @@
 
 It is a Hugging Face folder with one model.safetensors, and in config.json
 
-    "quantization_config": {"quant_method": "glm4", "format_version": 1, "quantization": "int4", "group_size": 128}
+    "quantization_config": {"quant_method": "glm4", "format_version": 2, "quantization": "int4", "group_size": 128}
 
 from which `chosen_layout` tells how each weight is held. The weight `M.weight` is in `M.weight.values`,
-`M.weight.scales` and `M.weight.zeros`: the tensors of a QuantizedWeight as they are, an order that suits every CPU.
+`M.weight.scales` and `M.weight.zeros`: the tensors of a PanelWeight, which every CPU's kernels read where they lie in
+the mapped file. (Version 1 had them by rows, and loading was repacking.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from glm4.ops.quantized import QuantizedWeight
+from glm4.errors import ConfigError
+from glm4.ops.cpu.panels import PanelWeight, panel_shapes
 from glm4.quantization.layout import GROUP_SIZES, Layout, chosen_layout
 from glm4.quantization.stored import Part, Settings, StoredFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Packed(StoredFormat):
@@ -30,7 +32,12 @@ class Packed(StoredFormat):
     includes_head = True
 
     def __init__(self, settings: Settings) -> None:
-        settings.one_of("format_version", FORMAT_VERSION)
+        version = settings.values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"{settings.where}: quantization_config: format_version {version!r} is not supported (supported: "
+                f"{FORMAT_VERSION}): run `glm4 quantize` on the bfloat16 folder again"
+            )
         self.quantization: str = settings.one_of("quantization", "int8", "int4")
         self.group: int = settings.one_of("group_size", *GROUP_SIZES)
 
@@ -49,12 +56,13 @@ class Packed(StoredFormat):
 
     def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, Part]:
         fields = stored_parts(self._layout(name, shape), shape)
-        return {f"weight.{field}": Part((dtype,), (size,)) for field, (dtype, size) in fields.items()}
+        return {f"weight.{field}": Part(dtypes, (size,)) for field, (dtypes, size) in fields.items()}
 
-    def read(self, name: str, shape: tuple[int, ...], part: Callable[[str], Tensor]) -> QuantizedWeight:
+    def read(self, name: str, shape: tuple[int, ...], part: Callable[[str], Tensor]) -> PanelWeight:
         layout = self._layout(name, shape)
         tensors = {field: part(f"weight.{field}") for field in stored_parts(layout, shape)}
-        return QuantizedWeight(layout.bits, layout.group_size, **tensors)
+        rows, inputs = shape
+        return PanelWeight(rows, inputs, layout.bits, layout.group_size, **tensors)
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         layout = self.layout(name, shape)
@@ -62,12 +70,12 @@ class Packed(StoredFormat):
         return layout
 
 
-def stored_parts(layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Dtype and shape of the tensors in a QuantizedWeight [out_features, in_features], by the names of its fields."""
+def stored_parts(layout: Layout, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Dtypes and shape of the tensors in a PanelWeight [out_features, in_features], by the names of its fields."""
     rows, inputs = shape
-    groups = inputs // layout.group_size
-    parts = {
-        "scales": ("F32", (rows, groups)),
-        "values": ("U8" if layout.bits == 4 else "I8", (rows, inputs * layout.bits // 8)),
+    values, scales = panel_shapes(rows, inputs, layout.bits, layout.group_size)
+    parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "values": (("U8",), values),
+        "scales": (("F32", "F16"), scales),
     }
-    return parts | ({"zeros": ("U8", (rows, groups))} if layout.zeros else {})
+    return parts | ({"zeros": (("U8",), scales)} if layout.zeros else {})

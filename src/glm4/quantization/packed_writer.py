@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
 from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import INDEX_NAME, SINGLE_NAME, Checkpoint
 from glm4.errors import OptionError, OutputError
+from glm4.ops.cpu.panels import PanelWeight
 from glm4.quantization.packed import Packed, stored_parts
-from glm4.quantization.weights import Weights
+from glm4.quantization.weights import TORCH_DTYPES, Weights
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
+_CACHE_LINE = 64
+_TAGS = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 
 Entry = tuple[str, tuple[int, ...]]
@@ -91,57 +93,98 @@ def _write_weights(
     shapes: Mapping[str, tuple[int, ...]],
     on_weight: Callable[[str], None],
 ) -> int:
-    header, places, size = _header(_entries(checkpoint, weights, shapes))
+    largest = _largest_entries(checkpoint, weights, shapes)
+    needed = sum(_size(*entry) for entry in largest.values())
     free = shutil.disk_usage(path.parent).free
-    if free < len(header) + size:
-        raise OutputError(f"{path.parent.parent} has {free:,} bytes free, and {size:,} are needed: make room first")
-    with path.open("wb") as file:
-        file.write(header)
+    if free < needed:
+        raise OutputError(f"{path.parent.parent} has {free:,} bytes free, and {needed:,} are needed: make room first")
+    with SafetensorsWriter(path, largest) as file:
         for name in shapes:
             weight = weights.read(name)
             if isinstance(weight, Tensor):
-                _write(file, places[name], weight)
+                file.write(name, weight)
             else:
+                panels = weight if isinstance(weight, PanelWeight) else PanelWeight.pack(weight)
                 for field in stored_parts(weights.layouts[name], shapes[name]):
-                    _write(file, places[f"{name}.{field}"], getattr(weight, field))
+                    file.write(f"{name}.{field}", getattr(panels, field))
             weights.release(name)
             on_weight(name)
-        file.flush()
-        os.fsync(file.fileno())
-    return size
+    return file.size
 
 
-def _entries(checkpoint: Checkpoint, weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
-    """Every tensor of the file."""
+def _largest_entries(
+    checkpoint: Checkpoint, weights: Weights, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Entry]:
+    """Every tensor of the file, in the largest number format that it may have."""
     entries: dict[str, Entry] = {}
     for name, shape in shapes.items():
         layout = weights.layouts.get(name)
         if layout is None:
             entries[name] = checkpoint.info(name).dtype, shape
         else:
-            entries |= {f"{name}.{field}": entry for field, entry in stored_parts(layout, shape).items()}
+            parts = stored_parts(layout, shape)
+            entries |= {f"{name}.{field}": (dtypes[0], part_shape) for field, (dtypes, part_shape) in parts.items()}
     return entries
 
 
-def _header(entries: Mapping[str, Entry]) -> tuple[bytes, dict[str, int], int]:
-    """The beginning of a safetensors file, each tensor's place in it, and the bytes of all tensors.
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * _BYTES[dtype]
 
-    Tensors with longer numbers come first, so that all are aligned.
+
+class SafetensorsWriter:
+    """A safetensors file that is written tensor by tensor, each beginning on a cache line, as kernels read it best.
+
+    The format has no gaps. So those that do not fill whole cache lines are kept for the end, in memory: no large weight
+    is among them.
     """
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins: dict[str, int] = {}
-    position = 0
-    for name, (dtype, shape) in sorted(entries.items(), key=lambda item: -_BYTES[item[1][0]]):
-        end = position + prod(shape) * _BYTES[dtype]
-        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        begins[name], position = position, end
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + begin for name, begin in begins.items()}, position
+
+    def __init__(self, path: Path, largest: Mapping[str, Entry]) -> None:
+        """largest: every tensor, in the largest number format that it may have; the header will fit in that place."""
+        self.size = 0
+        self._file = path.open("wb")
+        self._entries: dict[str, dict[str, object]] = {}
+        self._last: list[tuple[str, Tensor]] = []
+        bound = {name: _entry(dtype, shape, 10**15, 10**15) for name, (dtype, shape) in largest.items()}
+        self._room = len(_header(bound, 0))
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._file:
+            if kind is None:
+                self._finish()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor on the CPU. Raises OSError."""
+        if tensor.nbytes % _CACHE_LINE:
+            self._last.append((name, tensor.clone()))
+        else:
+            self._place(name, tensor)
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        tensor, begin = tensor.contiguous(), self.size
+        self._file.seek(self._room + begin)
+        self._file.write((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+        self.size += tensor.nbytes
+        self._entries[name] = _entry(_TAGS[tensor.dtype], tuple(tensor.shape), begin, self.size)
+
+    def _finish(self) -> None:
+        for name, tensor in sorted(self._last, key=lambda item: -item[1].element_size()):  # so all are aligned
+            self._place(name, tensor)
+        self._file.seek(0)
+        self._file.write(_header(self._entries, self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
-def _write(file: BinaryIO, place: int, tensor: Tensor) -> None:
-    tensor = tensor.contiguous()
-    file.seek(place)
-    file.write((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def _header(entries: Mapping[str, dict[str, object]], room: int) -> bytes:
+    """The beginning of a file, filled up with spaces to `room` bytes, or to the next cache line."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text = text.ljust(room - 8)
+    text += b" " * (-(8 + len(text)) % _CACHE_LINE)
+    return len(text).to_bytes(8, "little") + text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glm4.errors import ConfigError
+from glm4.ops.cpu.panels import PanelWeight
 from glm4.ops.quantized import QuantizedWeight
 from glm4.quantization.layout import Layout
 from glm4.quantization.quantize import unpack_nibbles
@@ -59,7 +60,9 @@ class StoredFormat(ABC):
         """The tensors of the weight, by the end of their names."""
 
     @abstractmethod
-    def read(self, name: str, shape: tuple[int, ...], part: Callable[[str], Tensor]) -> QuantizedWeight | Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], part: Callable[[str], Tensor]
+    ) -> QuantizedWeight | PanelWeight | Tensor:
         """The weight, from its parts: as `layout` says.
 
         Raises ValueError for parts that contradict the settings.

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from glm4.checkpoint.safetensors_reader import Checkpoint, RawTensor
 from glm4.errors import CheckpointError, ConfigError, OptionError
+from glm4.ops.cpu.panels import PanelWeight
 from glm4.ops.quantized import QuantizedWeight
+from glm4.quantization import slices
 from glm4.quantization.awq import Awq
 from glm4.quantization.compressed_tensors import CompressedTensors
 from glm4.quantization.fp8 import Fp8
 from glm4.quantization.gptq import Gptq
-from glm4.quantization.layout import GROUP_SIZES, HEAD, Layout, chosen_layout, chosen_layouts, is_linear
+from glm4.quantization.layout import GROUP_SIZES, HEAD, Cut, Layout, chosen_layout, chosen_layouts, is_linear
 from glm4.quantization.packed import Packed
 from glm4.quantization.quantize import quantize
 from glm4.quantization.stored import FLOATS, Part, Settings, StoredFormat
@@ -25,7 +27,7 @@ from glm4.quantization.stored import FLOATS, Part, Settings, StoredFormat
 Shape = tuple[int, ...]
 
 _FORMATS: tuple[type[StoredFormat], ...] = (Gptq, Awq, CompressedTensors, Fp8, Packed)
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,7 +43,7 @@ def as_tensor(raw: RawTensor) -> Tensor:
     """A view of the file's memory, mapped read-only: writing to it in place ends the process with a segfault."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(raw.buffer, dtype=_TORCH_DTYPES[raw.dtype]).view(raw.shape)
+        return torch.frombuffer(raw.buffer, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape)
 
 
 def read_format(config: Mapping[str, Any], where: Path) -> StoredFormat | None:
@@ -89,7 +91,7 @@ class Weights:
         quantization: str = "none",
         group_size: int = GROUP_SIZES[0],
     ) -> None:
-        """shapes: every weight of the model; group_size: inputs that share a scale of int4 weights.
+        """shapes: every weight of the model, whole; group_size: inputs that share a scale of int4 weights.
 
         Raises ConfigError for a format that is not read, and OptionError for a folder whose weights are quantised in
         another way than `quantization` says.
@@ -139,23 +141,44 @@ class Weights:
                     expected[full_name] = part.shapes[0]
         self._checkpoint.check(expected, dtypes)
 
-    def read(self, name: str) -> Tensor | QuantizedWeight:
-        """Weight `name` on the CPU, as `layouts` says; one that is neither quantised nor stored so is a view.
+    def read(self, name: str, cut: Cut | None = None) -> Tensor | QuantizedWeight | PanelWeight:
+        """Weight `name` on the CPU, as `layouts` says, or a part of it: the same numbers as in the whole.
 
+        One that is neither quantised nor stored so is a view, unless the part is several ranges; so is a PanelWeight.
         Raises CheckpointError for a weight that cannot be quantised, or whose parts contradict each other.
         """
         layout = self.layouts.get(name)
         try:
-            weight = self._stored(name)
-            if layout is not None and isinstance(weight, Tensor):
-                weight = quantize(weight, layout)
+            weight = self._part(self._stored(name), layout, cut)
         except ValueError as error:
             raise CheckpointError(
                 f"{self._checkpoint.folder.path}: weight {name!r} {error}: the folder is damaged, fetch it again"
             ) from error
-        if layout is not None or name in self._quantized:  # most of these are copies; of views, pages are read again
+        if isinstance(weight, PanelWeight):
+            return weight
+        if isinstance(weight, Tensor) and cut is not None and name in self._quantized:
+            weight = weight.clone()  # a view would keep all of the numbers that were made for it
+        if not self.is_mapped(name) or (cut is not None and len(cut.ranges) > 1):  # of views, pages are read again
             self.release(name)
         return weight
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the file holds the numbers as they are read, so that rows or columns of them are not copied."""
+        return name not in self.layouts and name not in self._quantized
+
+    def _part(
+        self, weight: Tensor | QuantizedWeight | PanelWeight, layout: Layout | None, cut: Cut | None
+    ) -> Tensor | QuantizedWeight | PanelWeight:
+        if isinstance(weight, PanelWeight):
+            return weight if cut is None else slices.quantized_part(weight.unpack(), cut)
+        if isinstance(weight, Tensor) and layout is None:
+            return weight if cut is None else slices.part(weight, cut)
+        if isinstance(weight, Tensor) and layout is not None:
+            if cut is not None and cut.on_boundaries(layout.group_size):
+                return quantize(slices.part(weight, cut).contiguous(), layout)
+            weight = quantize(weight, layout)
+        assert isinstance(weight, QuantizedWeight)
+        return weight if cut is None else slices.quantized_part(weight, cut)
 
     def release(self, name: str) -> None:
         """Give back the pages of the file that hold weight `name`, once it has been copied."""
@@ -163,16 +186,16 @@ class Weights:
         for full_name in filter(self._has, names):
             self._checkpoint.release(full_name)
 
-    def _stored(self, name: str) -> Tensor | QuantizedWeight:
+    def _stored(self, name: str) -> Tensor | QuantizedWeight | PanelWeight:
         if self._format is None or name not in self._quantized:
             return as_tensor(self._checkpoint.read(name))
 
-        def part(end: str) -> Tensor:
+        def stored_part(end: str) -> Tensor:
             if not self._has(_module(name) + end):
                 raise KeyError(end)
             return as_tensor(self._checkpoint.read(_module(name) + end))
 
-        return self._format.read(name, self._shapes[name], part)
+        return self._format.read(name, self._shapes[name], stored_part)
 
     def _parts(self, name: str) -> Iterator[tuple[str, Part]]:
         assert self._format is not None

@@ -19,7 +19,7 @@ from glm4.errors import EngineError, Glm4Error, OptionError
 from glm4.options import SamplingParams, ServerOptions
 from glm4.server.errors import HttpError
 from glm4.server.metrics import Metrics
-from glm4.server.streams import merged
+from glm4.server.streams import merged, paced
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,9 @@ class Service:
         """Raises PromptError and OptionError for what cannot be answered."""
         llm = self.llm
         if chat.thinking and not llm.thinks:
-            raise OptionError("thinking: this model does not think before it answers; leave it out")
+            raise OptionError(
+                "thinking: this model does not think before it answers; leave it, or reasoning_effort, out"
+            )
         ids = await self.chat_ids(chat)
         sampling = chat.constrained(llm.has_own_tools)
         return self.job([ids], sampling, chat.form(llm.thinks, llm.has_own_tools))
@@ -159,13 +161,15 @@ class Service:
         for prompt in job.prompts:
             first = secrets.token_hex(8)
             streams += [
-                self.llm.generate(
-                    prompt,
-                    job.sampling,
-                    chat=job.chat,
-                    request_id=None if choice else first,
-                    choice=choice,
-                    after=first if choice else None,
+                paced(
+                    self.llm.generate(
+                        prompt,
+                        job.sampling,
+                        chat=job.chat,
+                        request_id=None if choice else first,
+                        choice=choice,
+                        after=first if choice else None,
+                    )
                 )
                 for choice in range(job.n)
             ]

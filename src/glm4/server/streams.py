@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from glm4.engine.request import RequestOutput
+
+EVENT_SECONDS = 0.01
+"""No reader sees words come faster, and what a small model says meanwhile costs one event, not several."""
 
 T = TypeVar("T")
 
@@ -65,6 +70,14 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]], deadline: float) ->
 
     Raises what a stream raises, and TimeoutError at `deadline`, by the event loop's clock.
     """
+    if len(streams) == 1:  # as nearly always: no task for each item
+        async with aclosing(streams[0]) as stream:
+            with suppress(StopAsyncIteration):
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(stream)
+                    yield 0, item
+        return
     clock = asyncio.get_running_loop().time
     waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
     try:
@@ -88,6 +101,15 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]], deadline: float) ->
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
+
+
+async def paced(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+    """`outputs` at least EVENT_SECONDS apart; AsyncLLM merges what comes between."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            yield output
+            if output.finish_reason is None:
+                await asyncio.sleep(EVENT_SECONDS)
 
 
 async def primed(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

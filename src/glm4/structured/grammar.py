@@ -28,8 +28,9 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from glm4.errors import EngineError, OptionError
-from glm4.structured.grammar_check import LIMITS
+from glm4.structured.grammar_check import EXACT_MASKS, LIMITS
 from glm4.text.tokenizer import Tokenizer
+from glm4.text.tool_calls import NEXT_CALL
 
 MAX_CHARACTERS = 1_000_000
 """Longest schema, regex, grammar or list of choices."""
@@ -38,11 +39,13 @@ MAX_SECONDS = 2.0
 
 # JSON allows white space without end, and a model can get lost in it: one space, or a new line and its indentation.
 _JSON_WHITESPACE = r" |( ?\n[ \t]{0,32})"
+_NEWLINE = r'"\n"'
 _TRIAL_TOKENS = 8
 _COMPILED_KEPT = 8
 
 # What may hold a "<" in a Lark grammar without naming a token: strings, regexes, comments.
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|//.*|#.*|/(?:\\.|[^/\\\n])+/')
+_QUOTED_OR_NEXT_CALL = re.compile(f"{_QUOTED.pattern}|{re.escape(NEXT_CALL)}")
 
 
 class Matcher:
@@ -160,7 +163,8 @@ class GrammarCompiler:
         regex: what the whole answer must match; `\\d` is 0 to 9, `\\w` and `\\s` are Unicode's; no look-around and
             no back-references.
         choice: the texts of which the answer is one.
-        grammar: a context-free grammar in Lark's syntax with the rule `start`, or in GBNF with the rule `root`.
+        grammar: a context-free grammar in Lark's syntax with the rule `start`, or in GBNF with the rule `root`. Of
+            the control tokens it may name the one that stands between tool calls, in Lark's syntax.
         lead_ids: tokens of which one may stand before the text, and is no part of it.
 
         Raises OptionError, naming what is wrong and where, for a constraint that is malformed, uses what is not
@@ -208,10 +212,13 @@ class GrammarCompiler:
     def _compile(self, name: str, text: str) -> LLMatcher:
         if len(text) > MAX_CHARACTERS:
             raise OptionError(f"{name}: {len(text)} characters are too many; at most {MAX_CHARACTERS} are taken")
-        lark, error = self._checker.check(text)
+        # Between two calls stands a token that no text spells: on trial, and in the eyes of what follows, a line's end.
+        spelled = _QUOTED_OR_NEXT_CALL.sub(lambda found: _NEWLINE if found[0] == NEXT_CALL else found[0], text)
+        lark, error = self._checker.check(spelled)
         if name == "grammar" and ("unknown special token" in error or (not error and "<" in _QUOTED.sub("", lark))):
             raise OptionError("grammar: <…> names a token, and only text can be described: write it in quotes")
         if not error:
+            lark = lark if spelled == text else text + EXACT_MASKS
             matcher = LLMatcher(self._vocabulary, lark, log_level=0, limits=LIMITS)
             error = self._try(matcher)
         if error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm4.errors import OptionError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_VARIABLE = "GLM4_CPU_ISA"
 LIBRARY_VARIABLE = "GLM4_CPU_LIBRARY"
 """Names a library to load instead of the installed one: another build, such as csrc/sanitize.sh makes."""
@@ -138,14 +138,21 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_threads": (_INT, []),
     "glm4_allocate": (_POINTER, [ctypes.c_size_t]),
     "glm4_free": (None, [_POINTER, ctypes.c_size_t]),
+    "glm4_map_in": (None, [_POINTER, ctypes.c_size_t]),
     "glm4_weight_sizes": (None, [_WEIGHT, ctypes.POINTER(_I64)]),
     "glm4_pack_rows": (None, [_WEIGHT, _I64, _I64, _POINTER, _POINTER, _POINTER]),
-    "glm4_linear": (None, [_WEIGHT, _POINTER, _I64, _I64, _INT, _POINTER, _I64]),
-    "glm4_linear_bf16": (None, [_POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _I64]),
+    "glm4_linear": (None, [_WEIGHT, _POINTER, _I64, _I64, _INT, _POINTER, _POINTER, _I64]),
+    "glm4_linear_bf16": (None, [_POINTER, _I64, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _I64]),
     "glm4_attention": (_INT, [ctypes.POINTER(AttentionStruct)]),
     "glm4_norm": (None, [ctypes.POINTER(NormStruct)]),
     "glm4_swiglu": (None, [ctypes.POINTER(SwigluStruct)]),
     "glm4_rotate_and_store": (_INT, [ctypes.POINTER(KvWriteStruct)]),
+    "glm4_group_bytes": (_I64, [_INT]),
+    "glm4_group_open": (_POINTER, [_INT, _INT, _INT]),
+    "glm4_group_close": (None, [_POINTER]),
+    "glm4_group_missing": (ctypes.c_uint64, [_POINTER]),
+    "glm4_all_reduce": (_INT, [_POINTER, _POINTER, _I64, _INT, _I64]),
+    "glm4_gather": (_INT, [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64]),
     "glm4_read_stream": (ctypes.c_uint64, [_POINTER, ctypes.c_size_t]),
     "glm4_multiply": (_I64, [_I64]),
 }

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from glm4.ops.cpu.library import load
+from glm4.ops.cpu.library import load, need
 
 _CACHE_LINE = 64
 
@@ -34,6 +34,11 @@ class Arena:
             self._free = huge_page_tensor((self._chunk_bytes,), torch.uint8)
         piece, self._free = self._free[:size], self._free[rounded:]
         return piece
+
+
+def map_in(tensor: Tensor) -> None:
+    """Have a contiguous tensor's memory at hand, read from the disk at once where it is a mapped file."""
+    need().glm4_map_in(tensor.data_ptr(), tensor.nbytes)
 
 
 def huge_page_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,299 @@
+"""The ranks of a model, as one process takes part in them: how they start, meet, agree and end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import TCPStore, rendezvous  # type: ignore[attr-defined]
+
+from glm4.errors import CheckpointError, EngineError, Glm4Error, OptionError
+from glm4.options import EngineOptions
+from glm4.parallel.collectives import ALONE, Collectives, make_collectives
+from glm4.parallel.control import Channel, Follower, Hello, Kind, Leader, PeerGone, Ready
+from glm4.parallel.network import interface_towards
+from glm4.parallel.world import Degrees, Place
+
+_START_SECONDS = 300.0
+"""How long ranks may take to find each other."""
+_EXIT_SECONDS = 5.0
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+_LOOPBACK = "127.0.0.1"
+
+
+def join_ranks(options: EngineOptions) -> Ranks | None:
+    """Meet the other ranks of `options`; start them first, unless a launcher did (RANK is set). None: there are none.
+
+    Raises OptionError where the degrees do not go with the processes that there are, and EngineError when a rank does
+    not come.
+    """
+    degrees = Degrees(options.tensor_parallel, options.pipeline_parallel, options.data_parallel)
+    launched = "RANK" in os.environ
+    if launched:
+        place = Place.from_environment(degrees)
+    elif degrees.data > 1:
+        raise OptionError(
+            f"data_parallel {degrees.data}: an LLM is one copy of the model; start the copies with glm4 serve, glm4 "
+            "batch or glm4 launch"
+        )
+    else:
+        place = Place(0, degrees.product, 0, degrees.product, degrees)
+    if degrees.product == 1:
+        return None
+    if dist.is_initialized():
+        raise EngineError("this process has a model over several ranks already: close it first, or start a new process")
+    return _meet_launched(place, options) if launched else _start_and_meet(place, options)
+
+
+def _meet_launched(place: Place, options: EngineOptions) -> Ranks:
+    address = os.environ.get("MASTER_ADDR", _LOOPBACK)
+    with _gloo_interface(address):
+        store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=_seconds(_START_SECONDS)))
+        if place.is_leader:
+            with socket.create_server((_own_address(address), 0)) as listener:
+                store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
+                ranks = Ranks(place, options, _welcome(place, options, listener, []))
+        else:
+            ranks = Ranks(place, options, _greet(place, options, store))
+        ranks.open_group(store)
+    return ranks
+
+
+def _start_and_meet(place: Place, options: EngineOptions) -> Ranks:
+    store = TCPStore(_LOOPBACK, 0, None, is_master=True, wait_for_workers=False)
+    with _gloo_interface(_LOOPBACK), socket.create_server((_LOOPBACK, 0)) as listener:
+        store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
+        processes = [_start_follower(place, rank, options, store.port) for rank in place.replica_ranks[1:]]
+        try:
+            ranks = Ranks(place, options, _welcome(place, options, listener, processes), processes)
+            ranks.open_group(store)
+        except BaseException:
+            for process in processes:
+                process.kill()
+                process.wait()
+            raise
+    return ranks
+
+
+def _start_follower(place: Place, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
+    """A rank on this machine. It takes its options from standard input, and is in a session of its own, so that
+    Ctrl-C reaches only the leader."""
+    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.parallel_runner import main; main()"
+    said = {
+        "RANK": rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": place.local_size,
+        "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", boot],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {name: str(value) for name, value in said.items()},
+        )  # fmt: skip
+    except OSError as error:
+        raise EngineError(f"rank {rank} cannot be started: {error.strerror}; free some memory") from error
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(msgspec.msgpack.encode(options))
+    return process
+
+
+def _welcome(
+    place: Place, options: EngineOptions, listener: socket.socket, processes: list[subprocess.Popen[bytes]]
+) -> Leader:
+    """The leader's end, once every follower has said who it is."""
+    channels: dict[int, Channel] = {}
+    names: dict[int, Hello] = {}
+    end = time.monotonic() + _START_SECONDS
+    listener.settimeout(0.1)
+    while missing := [rank for rank in place.replica_ranks[1:] if rank not in names]:
+        for process, rank in zip(processes, place.replica_ranks[1:], strict=False):
+            if process.poll() is not None:
+                raise EngineError(f"rank {rank} left with exit code {process.returncode} before it began: see above")
+        if time.monotonic() > end:
+            listed = " and ".join(map(str, missing))
+            raise EngineError(f"rank {listed} has not come within {_START_SECONDS:g} s: see its log, or start it")
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        channel = Channel(connection, options.rank_timeout)
+        try:
+            frame = channel.receive(_EXIT_SECONDS)
+        except PeerGone:
+            continue
+        if frame is None or frame[0] is not Kind.HELLO:
+            channel.close()  # not one of ours
+            continue
+        hello = msgspec.msgpack.decode(frame[1], type=Hello)
+        channels[hello.rank], names[hello.rank] = channel, hello
+    return Leader(channels, names, options.rank_timeout)
+
+
+def _greet(place: Place, options: EngineOptions, store: Store) -> Follower:
+    """A follower's end."""
+    host, _, port = store.get(_key(place)).decode().rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), _START_SECONDS)
+    except OSError as error:
+        raise EngineError(f"rank {place.leader} at {host} cannot be reached: {error.strerror}") from error
+    connection.settimeout(None)
+    channel = Channel(connection, options.rank_timeout)
+    follower = Follower(channel, place.leader, options.rank_timeout)
+    follower.send(Kind.HELLO, msgspec.msgpack.encode(Hello(place.rank, socket.gethostname(), os.getpid())))
+    return follower
+
+
+class Ranks:
+    """All ranks of one replica, as this process takes part in them."""
+
+    def __init__(
+        self,
+        place: Place,
+        options: EngineOptions,
+        control: Leader | Follower,
+        processes: list[subprocess.Popen[bytes]] | None = None,
+    ) -> None:
+        """processes: those of the followers, where this process started them."""
+        self.place, self.control = place, control
+        self.collectives: Collectives = ALONE
+        self._store: Store | None = None
+        self._closed = False
+        self._options, self._processes = options, processes or []
+
+    def open_group(self, store: Store) -> None:
+        """The process group of torch, for what the ranks compute together."""
+        self.control.check()
+        self._store = store
+        backend = _BACKENDS.get(self._options.device, "gloo")
+        if self._options.device == "auto" and torch.cuda.is_available():
+            backend = _BACKENDS["cuda"]
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("glm4", store),
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            timeout=_seconds(self._options.rank_timeout),
+        )
+
+    def connect(self, device: torch.device) -> None:
+        """Open the group of the ranks that share each matrix."""
+        assert self._store is not None
+        self.collectives = make_collectives(
+            self.place, device, self._store, self._options.rank_timeout, self.control.check
+        )
+
+    def agree(self, fingerprint: str, num_blocks: int) -> int:
+        """Blocks of the KV cache on every rank: as many as the one with the least room has.
+
+        Raises CheckpointError for a rank whose model folder or options are others than the leader's.
+        """
+        ready = Ready(fingerprint, num_blocks)
+        if isinstance(self.control, Follower):
+            self.control.send(Kind.READY, msgspec.msgpack.encode(ready))
+            kind, payload = self.control.receive()
+            assert kind is Kind.BEGIN
+            return msgspec.msgpack.decode(payload, type=int)
+        for rank, payload in self.control.hear(Kind.READY).items():
+            other = msgspec.msgpack.decode(payload, type=Ready)
+            if other.fingerprint != fingerprint:
+                raise CheckpointError(
+                    f"rank {rank} has another model than rank {self.place.rank}: its folder's config.json, list of "
+                    "weights or its options differ; copy the folder again"
+                )
+            num_blocks = min(num_blocks, other.num_blocks)
+        self.control.tell(Kind.BEGIN, msgspec.msgpack.encode(num_blocks))
+        return num_blocks
+
+    def loading(self) -> None:
+        """A sign of life while the weights load."""
+        if isinstance(self.control, Follower):
+            self.control.send(Kind.LOADING)
+        else:
+            self.control.check()
+
+    def loaded(self) -> None:
+        """Wait until every rank has its weights."""
+        if isinstance(self.control, Follower):
+            self.control.send(Kind.LOADED)
+        else:
+            self.control.hear(Kind.LOADED)
+
+    def receive_stage(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The residual stream from the stage before."""
+        x = torch.empty(shape, dtype=dtype, device=device)
+        self._transfer(lambda: dist.recv(x, self.place.previous))
+        return x
+
+    def send_stage(self, x: torch.Tensor) -> None:
+        """The residual stream to the stage after."""
+        assert self.place.next is not None
+        self._transfer(lambda: dist.send(x.contiguous(), self.place.next))
+
+    def _transfer(self, transfer: Callable[[], object]) -> None:
+        try:
+            transfer()
+        except RuntimeError as error:
+            self.control.check()  # names the rank that is lost, if it knows
+            raise EngineError(f"the stages cannot reach each other any more: {str(error).splitlines()[0]}") from error
+
+    def fail(self, error: Glm4Error) -> None:
+        """Tell the others why this rank ends."""
+        if isinstance(self.control, Follower):
+            self.control.fail(error)
+
+    def close(self) -> None:
+        """End the followers, and give back what the ranks held together; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.control.close()
+        self.collectives.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._store = None
+        for process in self._processes:
+            try:
+                process.wait(_EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _key(place: Place) -> str:
+    return f"glm4/control/{place.leader}"
+
+
+def _seconds(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
+
+
+def _own_address(other: str) -> str:
+    """This machine's address on the way to `other`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))
+        return str(probe.getsockname()[0])
+
+
+@contextmanager
+def _gloo_interface(address: str) -> Iterator[None]:
+    """gloo looks up the host's name to find its interface, which may be none of those that lead to the others."""
+    name = "GLOO_SOCKET_IFNAME"
+    interface = interface_towards(address)
+    if name in os.environ or interface is None:
+        yield
+        return
+    os.environ[name] = interface
+    try:
+        yield
+    finally:
+        del os.environ[name]
