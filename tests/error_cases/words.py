@@ -265,3 +265,28 @@ def _(bench: Bench) -> Ran:
 @case("a line longer than the context")
 def _(bench: Bench) -> Ran:
     return bench.prompts(b"one\n" + b"x" * 600 + b"\n")
+
+
+@case("a degree that does not divide the model")
+def _(bench: Bench) -> Ran:
+    return bench.glm4("generate", "-m", "model", "--tensor-parallel", "3", "hi")
+
+
+@case("more stages than layers")
+def _(bench: Bench) -> Ran:
+    return bench.glm4("generate", "-m", "model", "--pipeline-parallel", "9", "hi")
+
+
+@case("copies of the model in one program")
+def _(bench: Bench) -> Ran:
+    return bench.glm4("generate", "-m", "model", "--data-parallel", "2", "hi")
+
+
+@case("MindSpore is not installed")
+def _(bench: Bench) -> Ran:
+    return bench.glm4("generate", "-m", "model", "--backend", "mindspore", "hi")
+
+
+@case("what the MindSpore backend does not do")
+def _(bench: Bench) -> Ran:
+    return bench.glm4("generate", "-m", "model", "--backend", "mindspore", "--quantization", "int4", "hi")
