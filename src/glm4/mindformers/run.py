@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4.device_mindspore import adopt_msrun
 from glm4.engine.stats import EngineStats
 from glm4.errors import INTERRUPTED, EngineError, Glm4Error, OptionError, OutputError, PromptError
 from glm4.interrupts import interrupts_held
@@ -49,6 +50,7 @@ def main(argv: Sequence[str], repository: Path | None = None, load: Callable[[En
         if list(argv[:1]) == ["-h"] or "--help" in argv:
             _print(help_text())
             return 0
+        adopt_msrun()
         job = read_job(argv, repository)
         if job.place.rank == 0:
             check_writable(job.result_path)

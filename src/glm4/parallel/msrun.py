@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from glm4.device_mindspore import INSTALL_HINT
+from glm4.device_mindspore import INSTALL_HINT, require_mindspore
 from glm4.errors import EngineError, OptionError
 from glm4.parallel.launch import LaunchOptions
 from glm4.parallel.network import listen
@@ -17,9 +17,10 @@ from glm4.parallel.network import listen
 def launch_with_msrun(options: LaunchOptions) -> None:
     """Run the job, with the logs that `launch.launch` writes; the first rank's output goes to this process's streams.
 
-    Returns when all ranks of this machine have ended well; with join=False, at once. Raises OptionError where there is
-    no msrun or the port is taken, and EngineError when a rank fails.
+    Returns when all ranks of this machine have ended well; with join=False, at once. Raises DeviceError where this
+    environment has no MindSpore, OptionError where the port is taken, and EngineError when a rank fails.
     """
+    require_mindspore()
     binaries = Path(sys.executable).parent
     msrun = shutil.which("msrun", path=f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}")
     if msrun is None:
@@ -35,7 +36,8 @@ def launch_with_msrun(options: LaunchOptions) -> None:
         *(["--tail_worker_log=0"] if options.join and options.node_rank == 0 else []), *options.command,
     ]  # fmt: skip
     path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = os.environ | {"PATH": path, "LOCAL_WORLD_SIZE": str(options.local_processes)}
+    environment = {"GLOG_v": "3"} | os.environ  # its own log: errors only, unless asked for more
+    environment |= {"PATH": path, "LOCAL_WORLD_SIZE": str(options.local_processes)}
     try:
         code = subprocess.run(command, env=environment, check=False).returncode
     except OSError as error:
