@@ -70,9 +70,11 @@ class Batch:
         raw: bool = False,
         defaults: SamplingParams | None = None,
         limit: int | None = None,
+        triaged: bool = False,
     ) -> None:
         """settings: see `settings_digest`; raw: a plain prompt does not go through the chat template; defaults: what
-        holds where a request says nothing; limit: answers in flight, twice as many as run side by side by default.
+        holds where a request says nothing; limit: answers in flight, twice as many as run side by side by default;
+        triaged: the lines come from `triage`, which has seen more of them than this.
         """
         self.llm, self.settings, self.raw = llm, settings, raw
         self.defaults = defaults or SamplingParams()
@@ -89,13 +91,14 @@ class Batch:
         self._failures = 0
         self._guilty: list[tuple[int, Json]] = []
         """Error records that wait until another answer shows that the engine is sound."""
-        self._custom_ids: set[str] = set()
+        self._custom_ids: set[str] | None = None if triaged else set()
 
     def run(self, lines: Iterable[Line], done: Container[int] = ()) -> Generator[tuple[int, Json]]:
         """(line number, record) of every request in `lines` but those that are `done`, as they finish.
 
-        `lines` is read no further than needed. Raises EngineError when the engine itself is broken; what is in
-        flight then, or when the caller leaves early, is aborted.
+        `lines` is read no further than needed. Where it ends while answers are under way, it is asked again later: an
+        iterator to which other threads add does not end for good. Raises EngineError when the engine itself is broken;
+        what is in flight then, or when the caller leaves early, is aborted.
         """
         source = iter(lines)
         try:
@@ -109,6 +112,10 @@ class Batch:
             self.llm.engine.abort(*self._in_flight)
             self._in_flight.clear()
 
+    def close(self) -> None:
+        """End the processes of the model, if it has others; it cannot be used afterwards."""
+        self.llm.close()
+
     def _feed(self, source: Iterator[Line], done: Container[int]) -> Iterator[tuple[int, Json]]:
         if self._alone and self._in_flight:
             return
@@ -119,7 +126,7 @@ class Batch:
         while len(self._in_flight) < self.limit and (line := next(source, None)) is not None:
             request = BatchRequest(line, record_id(line, self.settings))
             try:
-                body = self._identify(request)
+                body = _identify(request, self._custom_ids)
                 if line.number in done:
                     continue
                 self._read(request, body)
@@ -127,21 +134,6 @@ class Batch:
             except Glm4Error as error:
                 if line.number not in done:
                     yield line.number, _error_record(request, error)
-
-    def _identify(self, request: BatchRequest) -> Json:
-        """Tell the shape and the name of a request, and return the rest of it."""
-        content = parse_json(request.line.data, "the request")
-        request.shape = "chat" if _ENVELOPE & content.keys() - {"custom_id"} else "plain"
-        custom_id = content.get("custom_id")
-        if not isinstance(custom_id, str | None):
-            raise OptionError(f"custom_id: {custom_id!r} is not a text")
-        if custom_id in self._custom_ids:
-            request.custom_id = custom_id
-            raise OptionError(f"custom_id {custom_id!r} stands on an earlier line too: give each request its own")
-        if custom_id is not None:
-            request.custom_id = custom_id
-            self._custom_ids.add(custom_id)
-        return content if request.shape == "plain" else _unwrap(request, content)
 
     def _read(self, request: BatchRequest, body: Json) -> None:
         request.model = self.model
@@ -288,6 +280,44 @@ class Batch:
             if found := getattr(output, name):
                 answer[name] = token_logprobs(found, self.llm.tokenizer)
         return answer
+
+
+def triage(lines: Iterable[Line], done: Container[int], settings: str) -> Iterator[Line | tuple[int, Json]]:
+    """What several `Batch`es can share out among themselves: lines, and records of those that nobody can answer.
+
+    Whether a custom_id stands on an earlier line too can be told only where all lines are seen.
+    """
+    custom_ids: set[str] = set()
+    for line in lines:
+        request = BatchRequest(line, record_id(line, settings))
+        found: Line | tuple[int, Json] = line
+        try:
+            _identify(request, custom_ids)
+        except Glm4Error as error:
+            found = line.number, _error_record(request, error)
+        if line.number not in done:
+            yield found
+
+
+def token_counts(record: Json) -> tuple[int, int]:
+    """Tokens of the prompts and of the answers in a record; none in that of an error."""
+    counts = record.get("usage") or ((record.get("response") or {}).get("body") or {}).get("usage") or {}
+    return counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+
+
+def _identify(request: BatchRequest, custom_ids: set[str] | None) -> Json:
+    """Tell the shape and the name of a request, and return the rest of it; `custom_ids`: those of earlier lines."""
+    content = parse_json(request.line.data, "the request")
+    request.shape = "chat" if _ENVELOPE & content.keys() - {"custom_id"} else "plain"
+    custom_id = content.get("custom_id")
+    if not isinstance(custom_id, str | None):
+        raise OptionError(f"custom_id: {custom_id!r} is not a text")
+    request.custom_id = custom_id
+    if custom_id is not None and custom_ids is not None:
+        if custom_id in custom_ids:
+            raise OptionError(f"custom_id {custom_id!r} stands on an earlier line too: give each request its own")
+        custom_ids.add(custom_id)
+    return content if request.shape == "plain" else _unwrap(request, content)
 
 
 def _unwrap(request: BatchRequest, content: Json) -> Json:

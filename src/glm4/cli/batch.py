@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from glm4.batch.files import BatchInput, BatchOutput, settings_digest
-from glm4.cli.common import engine_options, load, model_option, sampling_from, verbose_option
+from glm4.cli.common import engine_options, load, loading_bar, model_option, sampling_from, verbose_option
+from glm4.cli.replica_options import ray_options, scale_from
 from glm4.engine.progress import answer_progress
 from glm4.errors import Glm4Error, OptionError, OutputError
+from glm4.options import EngineOptions, SamplingParams, options_from
 
 if TYPE_CHECKING:
     from array import array
 
     from glm4.batch.run import Batch
+    from glm4.cluster.local_batch import LocalBatch
+    from glm4.cluster.ray_batch import RayBatch
+
+    AnyBatch = Batch | LocalBatch | RayBatch
 
 _WORDS_DEPEND_ON = ("seed", "dtype", "kv_cache_dtype", "max_model_len")
 """Engine options that decide what is answered, beside how fast."""
@@ -31,6 +39,7 @@ _WORDS_DEPEND_ON = ("seed", "dtype", "kv_cache_dtype", "max_model_len")
 )
 @click.option("--raw", is_flag=True, help='continue a {"prompt": …} as it is, without the chat template')
 @click.option("--restart", is_flag=True, help="begin again: forget the records in OUT.jsonl")
+@ray_options
 @verbose_option
 @engine_options
 def command(
@@ -40,6 +49,9 @@ def command(
     sampling: tuple[tuple[str, str], ...],
     raw: bool,
     restart: bool,
+    ray: bool,
+    min_replicas: int | None,
+    max_replicas: int | None,
     **options: Any,
 ) -> None:
     """Answer every line of IN.jsonl (- is standard input) and append one record each to OUT.jsonl as it finishes.
@@ -56,6 +68,7 @@ def command(
       glm4 batch questions.jsonl -o answers.jsonl -m /path/hf_dir
       glm4 batch questions.jsonl -o answers.jsonl -m DIR --option max_new_tokens 200 --seed 7
       cat questions.jsonl | glm4 batch - -o - -m DIR > answers.jsonl
+      RAY_ADDRESS=10.0.0.1:6379 glm4 batch questions.jsonl -o answers.jsonl -m DIR --ray --max-replicas 16
     """
     params = sampling_from(sampling)
     requests = BatchInput(source)
@@ -73,15 +86,41 @@ def command(
         if total is not None and len(records.done) == total:
             click.echo(f"all {total} requests have their record in {records.title} already", err=True)
         else:
-            llm = load(model, options)
+            batch = _loaded(model, options, (ray, min_replicas, max_replicas), settings, raw, params)
             if restart:
                 records.clear()  # not before it is known that there is a model
-            from glm4.batch.run import Batch
-
-            _answer(Batch(llm, settings, raw, params), requests, records, total)
+            with closing(batch), redirect_stdout(sys.stderr):  # where Ray tells of its processes, not among records
+                _answer(batch, requests, records, total)
     finally:
         records.close()
     raise click.exceptions.Exit(1 if records.num_errors else 0)
+
+
+def _loaded(
+    model: str | None,
+    options: dict[str, Any],
+    ray: tuple[bool, int | None, int | None],
+    settings: str,
+    raw: bool,
+    params: SamplingParams,
+) -> AnyBatch:
+    """The model, or several copies of it, ready to answer."""
+    said = {name: value for name, value in options.items() if value is not None}
+    engine: EngineOptions = options_from(EngineOptions, {"model": model or "", **said})
+    scale = scale_from(engine, *ray)
+    if scale is not None and model:
+        from glm4.cluster.ray_batch import RayBatch
+
+        return RayBatch(engine, scale, settings, raw, params)
+    if engine.data_parallel > 1 and model:
+        from glm4.cluster.local_batch import LocalBatch
+
+        with loading_bar() as on_load:
+            return LocalBatch(engine, settings, raw, params, on_load)
+    llm = load(model, options)
+    from glm4.batch.run import Batch
+
+    return Batch(llm, settings, raw, params)
 
 
 def _resume(records: BatchOutput, requests: BatchInput, fingerprints: array[int] | None, settings: str) -> None:
@@ -94,7 +133,7 @@ def _resume(records: BatchOutput, requests: BatchInput, fingerprints: array[int]
         )
 
 
-def _answer(batch: Batch, requests: BatchInput, records: BatchOutput, total: int | None) -> None:
+def _answer(batch: AnyBatch, requests: BatchInput, records: BatchOutput, total: int | None) -> None:
     earlier, started = len(records.done), time.perf_counter()
     if earlier:
         click.echo(f"going on: {earlier} of {total} requests have their record already", err=True)
@@ -119,7 +158,7 @@ def _say_how_to_go_on(records: BatchOutput, total: int | None) -> None:
         )
 
 
-def _summary(batch: Batch, records: BatchOutput, earlier: int, seconds: float) -> str:
+def _summary(batch: AnyBatch, records: BatchOutput, earlier: int, seconds: float) -> str:
     errors = records.num_errors
     return (
         f"{len(records.done)} requests{f' ({earlier} of them before)' if earlier else ''}, "

@@ -16,6 +16,8 @@ import click
 import yaml
 
 from glm4.cli.common import engine_options, loading_bar, model_option, server_options
+from glm4.cli.replica_options import ray_options, scale_from
+from glm4.cluster.placement import Scale
 from glm4.errors import OptionError
 from glm4.options import EngineOptions, ServerOptions, nearest, options_from
 
@@ -28,9 +30,12 @@ _SERVED = {"step_stretch": "1.8"}
 @click.command("serve", short_help="serve the APIs of OpenAI and Anthropic")
 @model_option
 @click.option("--config", metavar="FILE.yaml", help="options by name, one a line (port: 8000)")
+@ray_options
 @server_options
 @engine_options
-def command(model: str | None, config: str | None, **flags: Any) -> None:
+def command(
+    model: str | None, config: str | None, ray: bool, min_replicas: int | None, max_replicas: int | None, **flags: Any
+) -> None:
     """Serve the model over HTTP, to the clients of OpenAI's and Anthropic's APIs; see docs/server.md.
 
     Every option can be given as a flag, as an environment variable (GLM4_PORT=8000) or in FILE.yaml; where it is given
@@ -44,6 +49,8 @@ def command(model: str | None, config: str | None, **flags: Any) -> None:
       glm4 serve -m /path/hf_dir
       GLM4_API_KEY=secret glm4 serve -m /path/hf_dir --host 0.0.0.0
       glm4 serve -m demo/glm4-demo --max-queue 16 --max-answer-tokens 2000
+      glm4 serve -m /path/hf_dir --data-parallel 4
+      RAY_ADDRESS=10.0.0.1:6379 glm4 serve -m /path/hf_dir --ray --min-replicas 1 --max-replicas 8
     """
     said = {name: value for name, value in {"model": model, **flags}.items() if value not in (None, ())}
     values = {**_SERVED, **(_read_config(config) if config else {}), **_from_environment(os.environ), **said}
@@ -51,19 +58,21 @@ def command(model: str | None, config: str | None, **flags: Any) -> None:
     engine = options_from(EngineOptions, _of(EngineOptions, values))
     if not engine.model:
         raise OptionError("no model: give its folder with -m DIR, or set GLM4_MODEL (demo/glm4-demo is a tiny one)")
+    scale = scale_from(engine, ray, min_replicas, max_replicas)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     from glm4.server.run import take_address
 
     with take_address(server) as listener:
-        asyncio.run(_serve(engine, server, listener))
+        asyncio.run(_serve(engine, scale, server, listener))
 
 
-async def _serve(engine: EngineOptions, server: ServerOptions, listener: socket.socket) -> None:
-    from glm4.engine.async_llm import AsyncLLM
+async def _serve(engine: EngineOptions, scale: Scale | None, server: ServerOptions, listener: socket.socket) -> None:
+    from glm4.cluster.serving import served_model
     from glm4.server.run import serve
 
     with loading_bar() as on_load:
-        llm = await AsyncLLM(engine, on_load=on_load).start()
+        name = f"glm4-{socket.gethostname()}-{listener.getsockname()[1]}"
+        llm = await served_model(engine, scale, name, on_load).start()
     try:
         await serve(llm, server, listener)
     finally:

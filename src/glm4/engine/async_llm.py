@@ -10,10 +10,10 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -35,15 +35,10 @@ from glm4.engine.messages import (
     to_frame,
 )
 from glm4.engine.request import RequestOutput
-from glm4.errors import EngineError, OptionError, PromptError
+from glm4.engine.served_model import Health, ServedModel, started
+from glm4.errors import EngineError, OptionError
 from glm4.options import EngineOptions, SamplingParams, options_from
-from glm4.text.chat import ChatTemplate
 from glm4.text.messages import Message
-from glm4.text.tokenizer import Tokenizer
-
-Health = Literal["starting", "ready", "draining", "restarting", "dead"]
-
-_T = TypeVar("_T")
 
 log = logging.getLogger("glm4")
 
@@ -62,7 +57,7 @@ class RestartPolicy:
     """Requests that come while it restarts wait for it; else they fail at once."""
 
 
-class AsyncLLM:
+class AsyncLLM(ServedModel):
     """GLM-4 from a Hugging Face folder, for asyncio, in a process of its own.
 
     async with AsyncLLM("/path/hf_dir") as llm:
@@ -86,8 +81,8 @@ class AsyncLLM:
         options_from(EngineOptions, overrides)
         if not isinstance(options, EngineOptions):
             options = EngineOptions(model=str(options))
-        self.options = replace(options, **overrides)
-        self.num_restarts = 0
+        super().__init__(replace(options, **overrides))
+        self._num_restarts = 0
         self._restarts, self._on_load = restarts, on_load
         self._ids = itertools.count()
         self._streams: dict[int, AnswerStream] = {}
@@ -105,7 +100,6 @@ class AsyncLLM:
         """Set with the first model, or when there will be none."""
         self._supervisor: asyncio.Task[None] | None = None
         self._facts: Ready | None = None
-        self._text: tuple[Tokenizer, ChatTemplate] | None = None
 
     async def start(self) -> Self:
         """Load the model, and return when requests are served.
@@ -118,22 +112,21 @@ class AsyncLLM:
         try:
             await self._loaded.wait()
             self._raise_if_dead()
-            self._text = await asyncio.to_thread(_load_text, self.options.model)
+            await self._load_text()
         except BaseException:
             await self.shutdown()
             raise
         return self
 
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.shutdown()
-
     @property
     def health(self) -> Health:
         """What the engine does now: "draining" finishes the requests it has, "dead" never serves one again."""
         return "draining" if self._draining and self._state != "dead" else self._state
+
+    @property
+    def num_restarts(self) -> int:
+        """How often its process was started again after a crash."""
+        return self._num_restarts
 
     @property
     def pid(self) -> int | None:
@@ -143,42 +136,12 @@ class AsyncLLM:
     @property
     def max_model_len(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return _started(self._facts).max_model_len
+        return started(self._facts).max_model_len
 
     @property
     def sampling_defaults(self) -> SamplingParams:
         """What holds for a request that says nothing of its own."""
-        return _started(self._facts).sampling_defaults
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer."""
-        return _started(self._text)[0]
-
-    @property
-    def has_chat_template(self) -> bool:
-        """The folder is a chat model's; a base model has no template."""
-        return _started(self._text)[1].available
-
-    @property
-    def thinks(self) -> bool:
-        """The model is a GLM-Z1: its answers begin inside a thought that `</think>` ends."""
-        return _started(self._text)[1].thinks
-
-    @property
-    def has_own_tools(self) -> bool:
-        """The model is a GLM-Z1-Rumination, whose chat template brings its own tools and ignores all others."""
-        return _started(self._text)[1].has_own_tools
-
-    async def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, *, thinking: bool = True
-    ) -> list[int]:
-        """The token ids that ask for the next answer in a conversation; see `ChatTemplate.encode`.
-
-        Raises PromptError for malformed messages, and for a folder without a chat template.
-        """
-        tokenizer, template = _started(self._text)
-        return await asyncio.to_thread(template.encode, tokenizer, messages, tools, thinking=thinking)
+        return started(self._facts).sampling_defaults
 
     async def generate(
         self,
@@ -210,7 +173,7 @@ class AsyncLLM:
         number = next(self._ids)
         stream = self._streams[number] = AnswerStream(number, request_id)
         try:
-            stream.prompt_token_ids, through_template = await self._encode(prompt, tools)
+            stream.prompt_token_ids, through_template = await self.encode(prompt, tools)
             first = next((each.number for each in self._streams.values() if after and each.request_id == after), None)
             stream.frame = _add_frame(
                 Add(number, stream.prompt_token_ids, sampling, chat or through_template, priority, choice, after=first)
@@ -230,7 +193,7 @@ class AsyncLLM:
         number = next(self._ids)
         stream = self._streams[number] = AnswerStream(number, None)
         try:
-            token_ids, _ = await self._encode(prompt, None)
+            token_ids, _ = await self.encode(prompt, None)
             stream.frame = _add_frame(Add(number, token_ids, None, False, priority, 0, None, embed=True))
             self._send(stream)
             return await stream.embedding()
@@ -271,20 +234,6 @@ class AsyncLLM:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
-
-    async def _encode(self, prompt: Any, tools: Sequence[dict[str, Any]] | None) -> tuple[list[int], bool]:
-        """Token ids, and whether they came through the chat template."""
-        tokenizer, _ = _started(self._text)
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return await self.encode_chat(prompt, tools), True
-        if tools:
-            raise OptionError("tools belong to a conversation: give messages in place of a raw prompt")
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(tokenizer.encode, prompt), False
-        try:
-            return msgspec.convert(prompt, list[int]), False
-        except msgspec.ValidationError as error:
-            raise PromptError(f"the prompt is no text, no messages and no token ids: {error}") from error
 
     def _send(self, stream: AnswerStream) -> None:
         """Send a request that waits to be sent, if there is an engine to send it to."""
@@ -336,7 +285,7 @@ class AsyncLLM:
                     return
                 self._fail_sent(Failure(failure.kind, f"{failure.text}; it starts again: repeat the request"))
                 await asyncio.sleep(delay)
-                self.num_restarts += 1
+                self._num_restarts += 1
         except Exception as error:
             end = Failure.of(EngineError(f"the engine cannot go on: {type(error).__name__}: {error}"))
             log.exception("%s", end.text)
@@ -426,13 +375,6 @@ class AsyncLLM:
                 self._fail(self._streams[number], failure)
 
 
-def _started(value: _T | None) -> _T:
-    """`value`, which is set when the engine has started."""
-    if value is None:
-        raise EngineError("the engine has not been started: `await llm.start()`, or use `async with`")
-    return value
-
-
 def _add_frame(message: Add) -> bytes:
     """The frame of a request that the engine can read: what it cannot must fail here, not there."""
     try:
@@ -445,7 +387,3 @@ def _add_frame(message: Add) -> bytes:
             f"a value of the request is too large or of another type than it should be: {error}"
         ) from error
     return frame
-
-
-def _load_text(folder: str) -> tuple[Tokenizer, ChatTemplate]:
-    return Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)

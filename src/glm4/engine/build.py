@@ -126,7 +126,7 @@ class _Parts:
             on_cpu, where = mindspore.target == "CPU", f"{mindspore.target} (MindSpore)"
             self._dtype, free = mindspore.dtype(options.dtype, stored), mindspore.free_memory()
         else:
-            card = options.device_id if ranks is None else ranks.place.local_rank
+            card = options.device_id + (0 if ranks is None else ranks.place.local_rank)
             on_cpu = options.device == "cpu" or devices.available_devices()[0] == "cpu"
             self._device = devices.select_device(options.device, 0 if on_cpu else card)
             if ranks is not None:

@@ -19,7 +19,7 @@ from glm4.api.completions import CompletionBody
 from glm4.api.embeddings import EmbeddingsBody
 from glm4.api.messages import CountTokensBody, MessagesBody
 from glm4.api.responses import ResponsesBody
-from glm4.engine.async_llm import AsyncLLM
+from glm4.engine.served_model import ServedModel
 from glm4.errors import Glm4Error
 from glm4.options import ServerOptions
 from glm4.server.anthropic import AnthropicEndpoints
@@ -36,7 +36,7 @@ from glm4.server.tracing import traced
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
+def create_app(llm: ServedModel, options: ServerOptions) -> ASGIApp:
     """The application that serves `llm`, which has been started. Raises OptionError for a bad file of keys."""
     metrics = Metrics()
     service = Service(llm, options, metrics)

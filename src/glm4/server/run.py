@@ -13,7 +13,7 @@ from types import FrameType
 
 import uvicorn
 
-from glm4.engine.async_llm import AsyncLLM
+from glm4.engine.served_model import ServedModel
 from glm4.errors import EngineError, OptionError
 from glm4.options import ServerOptions
 from glm4.server.app import create_app
@@ -27,7 +27,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class _Server(uvicorn.Server):
     """Drains at the first signal: it still listens then, and says that it takes no more; leaves at the second."""
 
-    def __init__(self, config: uvicorn.Config, llm: AsyncLLM, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, llm: ServedModel, drain_timeout: float) -> None:
         super().__init__(config)
         self._llm, self._drain_timeout = llm, drain_timeout
         self._draining: asyncio.Task[None] | None = None
@@ -91,7 +91,7 @@ def _check_certificate(cert: str, key: str | None) -> None:
         raise OptionError(f"{cert} and {key} are no certificate and its key: {error.strerror}") from error
 
 
-async def serve(llm: AsyncLLM, options: ServerOptions, listener: socket.socket) -> None:
+async def serve(llm: ServedModel, options: ServerOptions, listener: socket.socket) -> None:
     """Serve a started `llm` until SIGTERM or SIGINT, then finish what runs. Raises KeyboardInterrupt after SIGINT.
 
     Raises EngineError when the engine has died for good.
@@ -121,7 +121,7 @@ async def serve(llm: AsyncLLM, options: ServerOptions, listener: socket.socket) 
         raise KeyboardInterrupt
 
 
-async def _watch(server: _Server, llm: AsyncLLM) -> None:
+async def _watch(server: _Server, llm: ServedModel) -> None:
     """Say where the server listens, and end it when its engine is dead."""
     while not server.started:
         await asyncio.sleep(0.01)

@@ -13,8 +13,8 @@ from pathlib import Path
 from glm4.api.answer import AnswerForm
 from glm4.api.chat import ChatRequest
 from glm4.api.openai import Head
-from glm4.engine.async_llm import AsyncLLM
 from glm4.engine.request import RequestOutput
+from glm4.engine.served_model import ServedModel
 from glm4.errors import EngineError, Glm4Error, OptionError
 from glm4.options import SamplingParams, ServerOptions
 from glm4.server.errors import HttpError
@@ -43,7 +43,7 @@ class Job:
 class Service:
     """The engine as the endpoints see it."""
 
-    def __init__(self, llm: AsyncLLM, options: ServerOptions, metrics: Metrics) -> None:
+    def __init__(self, llm: ServedModel, options: ServerOptions, metrics: Metrics) -> None:
         """`llm` has been started."""
         self.llm, self.options, self.metrics = llm, options, metrics
         self.names = options.served_model_name or (Path(llm.options.model).resolve().name,)
@@ -104,7 +104,7 @@ class Service:
     async def outputs(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(number of the answer, it so far) as words come. Leaving early ends all of the job's requests.
 
-        Raises HttpError when there is no room or no time, and what `AsyncLLM.generate` raises.
+        Raises HttpError when there is no room or no time, and what `ServedModel.generate` raises.
         """
         self._refuse_if_full(job.num_answers)
         self._open += job.num_answers
