@@ -19,7 +19,7 @@ from glm4.errors import EngineError, Glm4Error, OptionError
 from glm4.options import SamplingParams, ServerOptions
 from glm4.server.errors import HttpError
 from glm4.server.metrics import Metrics
-from glm4.server.streams import merged, paced
+from glm4.server.streams import merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +161,13 @@ class Service:
         for prompt in job.prompts:
             first = secrets.token_hex(8)
             streams += [
-                paced(
-                    self.llm.generate(
-                        prompt,
-                        job.sampling,
-                        chat=job.chat,
-                        request_id=None if choice else first,
-                        choice=choice,
-                        after=first if choice else None,
-                    )
+                self.llm.generate(
+                    prompt,
+                    job.sampling,
+                    chat=job.chat,
+                    request_id=None if choice else first,
+                    choice=choice,
+                    after=first if choice else None,
                 )
                 for choice in range(job.n)
             ]

@@ -10,11 +10,6 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glm4.engine.request import RequestOutput
-
-EVENT_SECONDS = 0.01
-"""No reader sees words come faster, and what a small model says meanwhile costs one event, not several."""
-
 T = TypeVar("T")
 
 
@@ -101,15 +96,6 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]], deadline: float) ->
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
-
-
-async def paced(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-    """`outputs` at least EVENT_SECONDS apart; AsyncLLM merges what comes between."""
-    async with aclosing(outputs):
-        async for output in outputs:
-            yield output
-            if output.finish_reason is None:
-                await asyncio.sleep(EVENT_SECONDS)
 
 
 async def primed(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
