@@ -25,6 +25,7 @@ from glm4.cluster.placement import replica_options
 from glm4.engine.llm import LLM
 from glm4.errors import EngineError, Glm4Error
 from glm4.options import EngineOptions, SamplingParams
+from glm4.parallel.exit_status import exit_in_words
 
 _STOP_SECONDS = 5.0
 
@@ -132,7 +133,7 @@ class LocalBatch:
     def _lose(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.stop()
-        reason = f"an engine's process left with exit code {worker.process.returncode}"
+        reason = f"an engine's process {exit_in_words(worker.process.returncode)}"
         if not self._workers:
             raise EngineError(f"{reason}, the last one: run the same command again to go on")
         log.error("%s: its %d requests go to the %d others", reason, len(worker.lines), len(self._workers))

@@ -19,11 +19,12 @@ from glm4.cluster.ray_cluster import as_ours, connect, placed
 from glm4.cluster.replicas import summed
 from glm4.engine.answer_stream import AnswerStream
 from glm4.engine.async_llm import AsyncLLM, RestartPolicy
-from glm4.engine.messages import Failure, Stats
+from glm4.engine.messages import Stats
 from glm4.engine.request import RequestOutput
 from glm4.engine.served_model import Health, ServedModel, started
 from glm4.errors import EngineError, OptionError
 from glm4.options import EngineOptions, SamplingParams
+from glm4.parallel.control import Failure
 from glm4.text.messages import Message
 
 _EVENT_SECONDS = 0.05

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from glm4.engine.messages import Failure
 from glm4.engine.request import RequestOutput
 from glm4.engine.step import TokenLogprobs
 from glm4.errors import EngineError
+from glm4.parallel.control import Failure
 
 
 class AnswerStream:

@@ -24,7 +24,6 @@ from glm4.engine.messages import (
     Abort,
     Add,
     Embedding,
-    Failure,
     GetStats,
     LoadFailed,
     Loading,
@@ -38,6 +37,7 @@ from glm4.engine.request import RequestOutput
 from glm4.engine.served_model import Health, ServedModel, started
 from glm4.errors import EngineError, OptionError
 from glm4.options import EngineOptions, SamplingParams, options_from
+from glm4.parallel.control import Failure
 from glm4.text.messages import Message
 
 log = logging.getLogger("glm4")

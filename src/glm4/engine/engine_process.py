@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -21,6 +20,7 @@ from glm4.engine.messages import (
 )
 from glm4.errors import EngineError
 from glm4.options import EngineOptions
+from glm4.parallel.exit_status import exit_in_words
 
 EXIT_SECONDS = 5.0
 """How long a process that closed its socket may take to be gone."""
@@ -90,7 +90,7 @@ class EngineProcess:
             async with asyncio.timeout(EXIT_SECONDS):
                 await self._process.wait()
                 await asyncio.shield(self._log_task)
-        return f"the engine's process {_exit_in_words(self._process.returncode)}{self._last_words()}"
+        return f"the engine's process {exit_in_words(self._process.returncode)}{self._last_words()}"
 
     async def stop(self, timeout: float) -> None:
         """Let the process leave, and kill it if it is still there after `timeout` seconds or on cancellation."""
@@ -131,13 +131,3 @@ class EngineProcess:
         fatal = [line for line in self._last_lines if line.startswith("Fatal Python error")]  # a stack follows it
         lines = fatal or list(self._last_lines)[-3:]
         return f"; its last words: {' | '.join(line.strip()[:300] for line in lines)}" if lines else ""
-
-
-def _exit_in_words(code: int | None) -> str:
-    if code is None:
-        return "hung up and does not leave"
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), as systems do when memory runs out"
-    if code < 0:
-        return f"was ended by signal {-code} ({signal.strsignal(-code)})"
-    return f"left with exit code {code}"

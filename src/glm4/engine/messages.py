@@ -20,35 +20,18 @@ import struct
 
 import msgspec
 
-from glm4 import errors
 from glm4.engine.request import RequestOutput
-from glm4.errors import EngineError, Glm4Error
+from glm4.errors import EngineError
 from glm4.options import EngineOptions, SamplingParams
+from glm4.parallel.control import Failure
 
-MESSAGE_VERSION = 2
+MESSAGE_VERSION = 3
 _HEADER = struct.Struct(">BI")
 HEADER_BYTES = _HEADER.size
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Fields are sent by position: a change to any message is a new MESSAGE_VERSION."""
-
-
-class Failure(_Message, frozen=True):
-    """A Glm4Error: the name of its class, and its line."""
-
-    kind: str
-    text: str
-
-    @classmethod
-    def of(cls, error: Glm4Error) -> Failure:
-        """What `error` is on the wire."""
-        return cls(type(error).__name__, str(error))
-
-    def error(self) -> Glm4Error:
-        """The same error again, a new object each time."""
-        kind: type[Glm4Error] = getattr(errors, self.kind)
-        return kind(self.text)
 
 
 class Load(_Message, frozen=True):

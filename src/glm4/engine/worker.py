@@ -21,7 +21,6 @@ from glm4.engine.messages import (
     Abort,
     Add,
     Embedding,
-    Failure,
     FromCaller,
     FromEngine,
     GetStats,
@@ -38,6 +37,7 @@ from glm4.engine.messages import (
 from glm4.engine.request import Reading, RequestOutput
 from glm4.errors import EngineError, Glm4Error, LostRankError
 from glm4.options import SamplingParams
+from glm4.parallel.control import Failure
 
 MAX_FAILED_STEPS = 3
 """After this many failed steps in a row the device itself is taken to be broken, as after a CUDA error: start anew."""

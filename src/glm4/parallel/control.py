@@ -70,6 +70,16 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     kind: str
     text: str
 
+    @classmethod
+    def of(cls, error: Glm4Error) -> Failure:
+        """What `error` is on the wire."""
+        return cls(type(error).__name__, str(error))
+
+    def error(self, who: str = "") -> Glm4Error:
+        """The same error again, a new object each time; `who` stands before its text."""
+        kind: type[Glm4Error] = getattr(errors, self.kind)
+        return kind(who + self.text)
+
 
 class PeerGone(Exception):
     """The other end of a connection is closed, or cannot be reached any more."""
@@ -252,15 +262,13 @@ class Leader:
 
     def _lose(self, rank: int) -> Glm4Error:
         self._lost = EngineError(
-            f"{self._names[rank]} is gone: it was killed, or its machine cannot be reached; its log says more; "
-            "start again"
+            f"{self._names[rank]} is gone: it was killed, or its machine cannot be reached; load the model again"
         )
         return self._lost
 
     def _fail(self, rank: int, payload: bytes) -> Glm4Error:
         failure = msgspec.msgpack.decode(payload, type=Failure)
-        kind: type[Glm4Error] = getattr(errors, failure.kind)
-        self._lost = kind(f"{self._names[rank]}: {failure.text}")
+        self._lost = failure.error(f"{self._names[rank]}: ")
         return self._lost
 
     def close(self) -> None:
@@ -293,7 +301,7 @@ class Follower:
     def fail(self, error: Glm4Error) -> None:
         """Tell the leader why this rank ends."""
         with suppress(LeaderGone):  # which knows, or has ended for a reason of its own
-            self.send(Kind.FAILED, msgspec.msgpack.encode(Failure(type(error).__name__, str(error))))
+            self.send(Kind.FAILED, msgspec.msgpack.encode(Failure.of(error)))
 
     def receive(self) -> tuple[Kind, bytes]:
         """The next frame, however long it takes. Raises LeaderGone at the end, EngineError for a leader that hangs."""
@@ -311,7 +319,9 @@ class Follower:
         try:
             self.channel.look()
         except PeerGone:
-            raise EngineError(f"rank {self.leader} has ended in the middle of a step: see its log") from None
+            raise EngineError(
+                f"rank {self.leader} has ended in the middle of a step, or cannot be reached: see its log"
+            ) from None
         self._check_heard()
 
     def _check_heard(self) -> None:
