@@ -292,6 +292,41 @@ def test_the_ranks_of_a_leader_that_is_lost_leave(tiny: TinyCheckpoint, sign: in
     leader.stdout.close()
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.8, 1.6, 2.4])
+def test_the_ranks_of_a_leader_that_is_killed_while_they_start_leave(tiny: TinyCheckpoint, seconds: float) -> None:
+    """Wherever they are by then, even where they wait inside torch for its store."""
+    script = "import sys; from glm4 import LLM; LLM(sys.argv[1], tensor_parallel=2, threads=1)"
+    leader = subprocess.Popen([sys.executable, "-c", script, str(tiny.path)])
+    while not (followers := follower_pids(leader.pid)):
+        time.sleep(0.02)
+    time.sleep(seconds)
+    leader.kill()
+    leader.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, followers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, followers))
+
+
+def test_a_rank_that_is_killed_while_the_others_wait_for_it_inside_torch(tiny: TinyCheckpoint) -> None:
+    """It is named, where torch itself would say after rank_timeout that nobody came."""
+    script = (
+        "import os, signal, sys; from glm4 import LLM; from glm4.parallel import ranks\n"
+        "start, open_group, started = ranks._start_follower, ranks.dist.init_process_group, []\n"
+        "def remember(*said):\n"
+        "    started.append(start(*said))\n"
+        "    return started[0]\n"
+        "def kill_and_open(*said, **more):\n"
+        "    started[0].kill()\n"
+        "    open_group(*said, **more)\n"
+        "ranks._start_follower, ranks.dist.init_process_group = remember, kill_and_open\n"
+        "LLM(sys.argv[1], pipeline_parallel=2, threads=1, rank_timeout=20.0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tiny.path)], capture_output=True, text=True, timeout=60)
+    assert "glm4.errors.EngineError: rank 1 (pid" in done.stderr
+    assert "is gone" in done.stderr
+
+
 def test_an_unused_model_ends_its_ranks(tiny: TinyCheckpoint) -> None:
     llm = LLM(tiny.path, tensor_parallel=2, threads=1)
     assert len(follower_pids()) == 1

@@ -75,14 +75,16 @@ def build_engine(
         if ranks is not None:
             num_blocks = ranks.agree(parts.fingerprint(), num_blocks)
         runner, drafter = parts.load(num_blocks, on_load)
-    except Glm4Error as error:
         if ranks is not None:
-            ranks.fail(error)
+            ranks.loaded()
+    except BaseException as error:
+        if ranks is not None:
+            if isinstance(error, Glm4Error):
+                ranks.fail(error)
             ranks.close()
         raise
     driven: Runner = runner
     if ranks is not None:
-        ranks.loaded()
         if not ranks.place.is_leader:
             follow(runner, ranks)
             sys.exit(0)

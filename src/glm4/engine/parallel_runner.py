@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from glm4.parallel.control import Follower, Kind, Leader, LeaderGone
 from glm4.parallel.ranks import Ranks
 
 _TENSOR = 1
+_PARENT_SECONDS = 1.0
+"""Between two looks at whether the leader is still there."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,8 +66,10 @@ class ParallelRunner:
         try:
             return self._execute(plan)
         except Exception as error:
-            what = str(error) if isinstance(error, Glm4Error) else f"{type(error).__name__}: {error}"
-            self._lost = LostRankError(f"{what}; the model has to be loaded again")
+            what = (
+                str(error) if isinstance(error, Glm4Error) else f"{type(error).__name__}: {error}; load the model again"
+            )
+            self._lost = LostRankError(what)
             self._ranks.close()
             raise self._lost from error
 
@@ -101,8 +106,16 @@ def follow(runner: Runner, ranks: Ranks) -> None:
         ranks.close()
 
 
-def main(argv: Sequence[str] = ()) -> None:
-    """A rank that another process of this machine started: its options come on standard input."""
+def _end_with(leader: int) -> None:
+    """End this process when its parent has ended, even where it waits for it inside torch."""
+    while os.getppid() == leader:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(EngineError.exit_code)
+
+
+def main(leader: int) -> None:
+    """A rank that process `leader` of this machine started: its options come on standard input."""
+    threading.Thread(target=_end_with, args=[leader], name="glm4 leader's end", daemon=True).start()
     options = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineOptions)
     with interrupts_held():
         from glm4.engine.llm import LLM

@@ -79,13 +79,19 @@ ALONE = Alone()
 
 
 def make_collectives(
-    place: Place, device: torch.device, store: Store, timeout: float, check: Callable[[], None] = lambda: None
+    place: Place,
+    device: torch.device,
+    store: Store,
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
+    open_group: Callable[[], None] = lambda: None,
 ) -> Collectives:
     """The collectives of this process's tensor group; every rank of it calls this.
 
     Through shared memory where all of them run on one machine's CPU and have the native kernels, through
-    torch.distributed elsewhere: then the default process group must be there, and `device` is this rank's own. `store`
-    reaches all ranks. `check` is called every 0.1 s of waiting and raises EngineError for a rank that it knows is lost.
+    torch.distributed elsewhere: then `open_group` is called first, after which the default process group is there, and
+    `device` is this rank's own. `store` reaches all ranks. `check` is called every 0.1 s of waiting and raises
+    EngineError for a rank that it knows is lost.
 
     Raises EngineError when a rank does not come within `timeout` seconds, or is lost.
     """
@@ -96,6 +102,7 @@ def make_collectives(
     near = sys.platform == "linux" and device.type == "cpu" and set(ranks) <= set(place.machine_ranks)
     if shared := _share_memory(meeting, near and library.load() is not None):
         return shared
+    open_group()
     group = dist.new_group(
         ranks,
         timeout=timedelta(seconds=timeout),

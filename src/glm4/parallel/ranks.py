@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -21,13 +22,17 @@ from glm4.errors import CheckpointError, EngineError, Glm4Error, OptionError
 from glm4.options import EngineOptions
 from glm4.parallel.collectives import ALONE, Collectives, make_collectives
 from glm4.parallel.control import Channel, Follower, Hello, Kind, Leader, PeerGone, Ready
+from glm4.parallel.exit_status import exit_in_words
 from glm4.parallel.network import interface_towards
 from glm4.parallel.world import Degrees, Place
 
 _START_SECONDS = 300.0
 """How long ranks may take to find each other."""
 _EXIT_SECONDS = 5.0
+_SLICE = 0.1
+"""Seconds of waiting between two looks at whether the others are still there."""
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+"""By kind of device."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -57,38 +62,32 @@ def join_ranks(options: EngineOptions) -> Ranks | None:
 
 def _meet_launched(place: Place, options: EngineOptions) -> Ranks:
     address = os.environ.get("MASTER_ADDR", _LOOPBACK)
-    with _gloo_interface(address):
-        store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=_seconds(_START_SECONDS)))
-        if place.is_leader:
-            with socket.create_server((_own_address(address), 0)) as listener:
-                store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
-                ranks = Ranks(place, options, _welcome(place, options, listener, []))
-        else:
-            ranks = Ranks(place, options, _greet(place, options, store))
-        ranks.open_group(store)
-    return ranks
+    store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=_seconds(_START_SECONDS)))
+    if not place.is_leader:
+        return Ranks(place, options, _greet(place, options, store), store, address)
+    with socket.create_server((_own_address(address), 0)) as listener:
+        store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
+        return Ranks(place, options, _welcome(place, options, listener, []), store, address)
 
 
 def _start_and_meet(place: Place, options: EngineOptions) -> Ranks:
     store = TCPStore(_LOOPBACK, 0, None, is_master=True, wait_for_workers=False)
-    with _gloo_interface(_LOOPBACK), socket.create_server((_LOOPBACK, 0)) as listener:
+    with socket.create_server((_LOOPBACK, 0)) as listener:
         store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
         processes = [_start_follower(place, rank, options, store.port) for rank in place.replica_ranks[1:]]
         try:
-            ranks = Ranks(place, options, _welcome(place, options, listener, processes), processes)
-            ranks.open_group(store)
+            return Ranks(place, options, _welcome(place, options, listener, processes), store, _LOOPBACK, processes)
         except BaseException:
             for process in processes:
                 process.kill()
                 process.wait()
             raise
-    return ranks
 
 
 def _start_follower(place: Place, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
     """A rank on this machine. It takes its options from standard input, and is in a session of its own, so that
     Ctrl-C reaches only the leader."""
-    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.parallel_runner import main; main()"
+    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.parallel_runner import main; main({os.getpid()})"
     said = {
         "RANK": rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": place.local_size,
         "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -118,7 +117,7 @@ def _welcome(
     while missing := [rank for rank in place.replica_ranks[1:] if rank not in names]:
         for process, rank in zip(processes, place.replica_ranks[1:], strict=False):
             if process.poll() is not None:
-                raise EngineError(f"rank {rank} left with exit code {process.returncode} before it began: see above")
+                raise EngineError(f"rank {rank} {exit_in_words(process.returncode)} before it had begun: start again")
         if time.monotonic() > end:
             listed = " and ".join(map(str, missing))
             raise EngineError(f"rank {listed} has not come within {_START_SECONDS:g} s: see its log, or start it")
@@ -161,36 +160,52 @@ class Ranks:
         place: Place,
         options: EngineOptions,
         control: Leader | Follower,
-        processes: list[subprocess.Popen[bytes]] | None = None,
+        store: Store,
+        address: str,
+        processes: Sequence[subprocess.Popen[bytes]] = (),
     ) -> None:
-        """processes: those of the followers, where this process started them."""
+        """store: reaches all ranks, from `address`; processes: those of the followers, where this one started them."""
         self.place, self.control = place, control
         self.collectives: Collectives = ALONE
-        self._store: Store | None = None
+        self._options, self._store, self._address, self._processes = options, store, address, processes
         self._closed = False
-        self._options, self._processes = options, processes or []
-
-    def open_group(self, store: Store) -> None:
-        """The process group of torch, for what the ranks compute together."""
-        self.control.check()
-        self._store = store
-        backend = _BACKENDS.get(self._options.device, "gloo")
-        if self._options.device == "auto" and torch.cuda.is_available():
-            backend = _BACKENDS["cuda"]
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("glm4", store),
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-            timeout=_seconds(self._options.rank_timeout),
-        )
 
     def connect(self, device: torch.device) -> None:
-        """Open the group of the ranks that share each matrix."""
-        assert self._store is not None
+        """Open what the ranks compute together with."""
+        if self.place.degrees.product > self.place.degrees.tensor:  # else it is known later whether there is need of it
+            self._open_group(device)
         self.collectives = make_collectives(
-            self.place, device, self._store, self._options.rank_timeout, self.control.check
-        )
+            self.place, device, self._store, self._options.rank_timeout, self.control.check,
+            lambda: self._open_group(device),
+        )  # fmt: skip
+
+    def _open_group(self, device: torch.device) -> None:
+        """torch's process group of all ranks, once. In a thread, for torch waits for ranks that are lost until the time
+        limit; after a failure this process can open no other."""
+        if dist.is_initialized():
+            return
+        failures: list[Exception] = []
+
+        def open_group() -> None:
+            try:
+                with _gloo_interface(self._address):
+                    dist.init_process_group(
+                        _BACKENDS[device.type],
+                        store=PrefixStore("glm4", self._store),
+                        rank=self.place.rank,
+                        world_size=self.place.world_size,
+                        timeout=_seconds(self._options.rank_timeout),
+                    )
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=open_group, name="glm4 process group", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_SLICE)
+            self.control.check()
+        for error in failures:
+            raise EngineError(f"the ranks cannot reach each other: {str(error).splitlines()[0]}") from error
 
     def agree(self, fingerprint: str, num_blocks: int) -> int:
         """Blocks of the KV cache on every rank: as many as the one with the least room has.
@@ -260,7 +275,6 @@ class Ranks:
         self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._store = None
         for process in self._processes:
             try:
                 process.wait(_EXIT_SECONDS)
