@@ -79,6 +79,16 @@ def test_a_follower_that_is_gone_is_named(ends: tuple[Leader, dict[int, Follower
             call()
 
 
+def test_a_follower_that_leaves_while_it_is_heard_is_named(ends: tuple[Leader, dict[int, Follower]]) -> None:
+    """Between a look at all of them and the wait for one."""
+    leader, followers = ends
+    followers[2].close()
+    leader.check = lambda: None  # type: ignore[method-assign]
+    for call in (lambda: leader.hear(Kind.LOADED), lambda: leader.hear_from(2, Kind.RESULT)):
+        with pytest.raises(EngineError, match=r"rank 2 \(pid 4002 on there\) is gone"):
+            call()
+
+
 def test_a_silent_follower_is_named(ends: tuple[Leader, dict[int, Follower]]) -> None:
     leader, followers = ends
     followers[1].send(Kind.LOADED)

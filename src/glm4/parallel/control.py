@@ -214,13 +214,11 @@ class Leader:
 
     def _hear_one(self, rank: int, kind: Kind, on_other: Callable[[int, Kind, bytes], None] | None) -> dict[int, bytes]:
         self.check()
-        frame = self._channels[rank].receive(_SLICE / len(self._channels))
+        frame = self._receive(rank, _SLICE / len(self._channels))
         if frame is None:
             return {}
         if frame[0] is kind:
             return {rank: frame[1]}
-        if frame[0] is Kind.FAILED:
-            raise self._fail(rank, frame[1])
         if on_other is not None:
             on_other(rank, *frame)
         return {}
@@ -230,14 +228,22 @@ class Leader:
         start = time.monotonic()
         while True:
             self.check()
-            frame = self._channels[rank].receive(_SLICE)
+            frame = self._receive(rank, _SLICE)
             if frame is not None and frame[0] is kind:
                 return frame[1]
-            if frame is not None and frame[0] is Kind.FAILED:
-                raise self._fail(rank, frame[1])
             if time.monotonic() - start > self._timeout:
                 self._lost = EngineError(self.silence([rank]))
                 raise self._lost
+
+    def _receive(self, rank: int, wait: float) -> tuple[Kind, bytes] | None:
+        """The next frame of one follower, as `Channel.receive`; raises as `check` does."""
+        try:
+            frame = self._channels[rank].receive(wait)
+        except PeerGone:
+            raise self._lose(rank) from None
+        if frame is not None and frame[0] is Kind.FAILED:
+            raise self._fail(rank, frame[1])
+        return frame
 
     def check(self) -> None:
         """Raise the EngineError of a follower that is lost, or the error that one ended with."""
