@@ -26,7 +26,7 @@ help:
 	@echo "make serve-demo               serve the demo model on http://127.0.0.1:8000"
 	@echo "make test-mindspore           the tests of the MindSpore backend, in an environment of its own"
 	@echo "make fuzz                     two minutes of requests that schemathesis makes up"
-	@echo "make bench-cpu                compare with llama.cpp: LAYERS=8 ROUNDS=5"
+	@echo "make bench-cpu                compare with llama.cpp: LAYERS=8 ROUNDS=5 PAIRS='int4:Q4_0 int4:openvino-int4'"
 	@echo "make clients                  an environment with litellm and lm-eval, for their tests"
 	@echo "make lint                     ruff, mypy --strict and the import contract"
 	@echo "make format                   let ruff format the code"
@@ -69,7 +69,8 @@ fuzz: $(READY)
 		--phases fuzzing --max-examples 1000000 --max-time 120 --request-timeout 20
 
 bench-cpu: $(READY)
-	$(BIN)/python benchmarks/cpu/compare.py --layers $(or $(LAYERS),8) --rounds $(or $(ROUNDS),5)
+	$(BIN)/python benchmarks/cpu/compare.py --layers $(or $(LAYERS),8) --rounds $(or $(ROUNDS),5) \
+		$(addprefix --pair ,$(or $(PAIRS),int4:Q4_0))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ extern "C" {
 #define GLM4_API __attribute__((visibility("default")))
 
 // Raised whenever a signature or a layout below changes: Python refuses a library of another version.
-#define GLM4_ABI_VERSION 2
+#define GLM4_ABI_VERSION 3
 
 typedef enum { GLM4_FLOAT32 = 0, GLM4_BFLOAT16 = 1 } Glm4Dtype;
 
@@ -131,6 +131,17 @@ typedef struct {
 
 // Returns 0, or 1 where a place lies outside the cache, and then nothing was done.
 GLM4_API int glm4_rotate_and_store(const Glm4KvWrite *write);
+
+// Where each row of logits is largest.
+typedef struct {
+    int64_t rows, size, known;  // only the first `known` of `size` numbers may be picked
+    int64_t stride;             // elements between rows
+    int64_t dtype;
+    const void *logits;  // [rows, size]
+    int64_t *picked;     // [rows]: the first of the largest; -1 for a row that holds NaN or infinity anywhere
+} Glm4Argmax;
+
+GLM4_API void glm4_argmax(const Glm4Argmax *argmax);
 
 // Collectives of processes on one machine (collectives.cpp). All map the same file of glm4_group_bytes zeros.
 typedef enum { GLM4_SUM_FLOAT32 = 0, GLM4_SUM_BFLOAT16 = 1, GLM4_MAX_FLOAT32 = 2 } Glm4Reduction;

@@ -64,7 +64,7 @@ const Kernels GLM4_JOIN(kernels_, GLM4_ISA) = {
     GLM4_TEXT(GLM4_ISA), kTile,           kRows,      quantize_token,         linear_tile,
     bf16_words,          bf16_prepare,    bf16_rows,  attention_scratch_size, attention_partial_floats,
     attention_partial,   attention_merge, norm_token, swiglu_token,           rotate_and_store_token,
-    read_stream,         multiply,
+    argmax_row,          read_stream,     multiply,
 };
 
 }  // namespace glm4

@@ -71,6 +71,7 @@ struct Kernels {
     void (*norm_token)(const Glm4Norm &norm, int64_t token);
     void (*swiglu_token)(const Glm4Swiglu &swiglu, int64_t token);
     void (*rotate_and_store_token)(const Glm4KvWrite &write, int64_t token);
+    int64_t (*argmax_row)(const Glm4Argmax &argmax, int64_t row);
     // The ceilings, for benchmarks.
     uint64_t (*read_stream)(const void *memory, size_t bytes);
     int64_t (*multiply)(int64_t rounds);

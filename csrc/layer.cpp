@@ -24,6 +24,10 @@ extern "C" {
 void glm4_norm(const Glm4Norm *norm) { glm4::for_tokens(*norm, glm4::kernels().norm_token); }
 void glm4_swiglu(const Glm4Swiglu *swiglu) { glm4::for_tokens(*swiglu, glm4::kernels().swiglu_token); }
 
+void glm4_argmax(const Glm4Argmax *argmax) {
+    glm4::parallel_for(argmax->rows, [&](int64_t row) { argmax->picked[row] = glm4::kernels().argmax_row(*argmax, row); });
+}
+
 int glm4_rotate_and_store(const Glm4KvWrite *write) {
     for (int64_t t = 0; t < write->tokens; ++t)
         if (write->places[t] < 0 || write->places[t] >= write->slots) return 1;

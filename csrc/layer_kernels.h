@@ -144,3 +144,30 @@ inline void rotate_and_store_as(const Glm4KvWrite &w, int64_t token) {
 void rotate_and_store_token(const Glm4KvWrite &w, int64_t token) {
     w.dtype == GLM4_BFLOAT16 ? rotate_and_store_as<uint16_t>(w, token) : rotate_and_store_as<float>(w, token);
 }
+
+// ---- The likeliest token ----
+
+template <class Element>
+inline int64_t argmax_one(const Element *x, int64_t size, int64_t known) {
+    VecF largest = set_f(-INFINITY), finite = zero_f();
+    const int64_t whole = known / kLanes * kLanes;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const VecF some = load_some(x + i, size - i);
+        finite = fma(some, zero_f(), finite);  // NaN from the first number on that is not finite
+        if (i < whole) largest = max_f(largest, some);
+    }
+    if (sum_lanes(finite) != 0.0f) return -1;
+    float lanes[kLanes], best = -INFINITY;
+    store_f(lanes, largest);
+    for (float lane : lanes) best = lane > best ? lane : best;
+    for (int64_t i = whole; i < known; ++i) best = number(x + i) > best ? number(x + i) : best;
+    for (int64_t i = 0; i < known; ++i)
+        if (number(x + i) == best) return i;
+    return -1;
+}
+
+int64_t argmax_row(const Glm4Argmax &a, int64_t row) {
+    if (a.dtype == GLM4_BFLOAT16)
+        return argmax_one(static_cast<const uint16_t *>(a.logits) + row * a.stride, a.size, a.known);
+    return argmax_one(static_cast<const float *>(a.logits) + row * a.stride, a.size, a.known);
+}

@@ -1,10 +1,11 @@
-"""glm4 and llama.cpp on the same machine, in turn: the same shape (GLM-4-9B's), random weights.
+"""glm4 and a peer on the same machine, in turn: the same shape (GLM-4-9B's), random weights.
 
     python benchmarks/cpu/compare.py [--layers 8] [--rounds 5] [--pair int4:Q4_0] [--work build/bench-cpu]
 
-Installs llama.cpp (llama-cpp-python, built from source: 10 to 20 minutes) in an environment of its own and writes both
-models, all under --work; what is there already is used. Every round times each regime on one side and then the other,
-and a plain read of memory; the sides take turns in going first. Prints a table of medians and one line of JSON.
+Pairs: int4:Q4_0 and int8:Q8_0 (llama.cpp), int4:openvino-int4 (OpenVINO GenAI). Installs the peer in an environment of
+its own (llama.cpp is built from source: 10 to 20 minutes) and writes both models, all under --work; what is there
+already is used. Every round times each regime on one side and then the other, and a plain read of memory; the sides
+take turns in going first. Prints a table of medians and one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEER_PACKAGES = ["llama-cpp-python==0.3.36", "gguf==0.19.0"]
 REGIMES = {
     "one request": {"requests": 1, "prompt": 512, "new": 25},
     "eight requests": {"requests": 8, "prompt": 64, "new": 13},
@@ -33,6 +33,48 @@ ROWS = {
 LONG, SHORT = 16384, 512
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Another engine: the script of its side, and the environment of its own that this runs in."""
+
+    name: str
+    script: str
+    modules: str
+    """What it imports."""
+    packages: tuple[str, ...]
+    build: tuple[str, ...] = ()
+    """CMake's options, where it is built from source."""
+
+    @classmethod
+    def of(cls, format: str) -> Peer:
+        return OPENVINO if format.startswith("openvino-") else LLAMA_CPP
+
+    def python(self, work: Path) -> Path:
+        """Its environment, made if it is not there."""
+        environment = work / self.name
+        python = environment / "bin" / "python"
+        check = [python, "-c", f"import {self.modules}"]
+        if python.exists() and not subprocess.run(check, stderr=subprocess.DEVNULL, check=False).returncode:
+            return python
+        print(f"installing {self.name} …", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages],
+            check=True, env=os.environ | {"CMAKE_ARGS": " ".join(self.build)},
+        )  # fmt: skip
+        return python
+
+
+LLAMA_CPP = Peer(
+    "llama.cpp", "llama_cpp_side.py", "llama_cpp, gguf", ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
+    ("-DMTMD_BUILD=OFF", "-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_TOOLS=OFF"),
+)  # fmt: skip
+OPENVINO = Peer(
+    "openvino", "openvino_side.py", "openvino_genai, optimum.intel, nncf",
+    ("openvino-genai==2026.4.0.0", "optimum-intel[openvino]", "torch==2.13.0"),
+)  # fmt: skip
+
+
 @dataclass
 class Side:
     """A process that answers lines of JSON."""
@@ -42,7 +84,7 @@ class Side:
     @classmethod
     def start(cls, python: Path | str, script: str, *arguments: object) -> Side:
         command = [str(python), str(HERE / script), *map(str, arguments)]
-        quiet = subprocess.DEVNULL if "llama" in script else None
+        quiet = subprocess.DEVNULL if script == LLAMA_CPP.script else None
         return cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True))
 
     def answer(self) -> dict[str, Any]:
@@ -62,27 +104,6 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-def peer_python(work: Path) -> Path:
-    """llama.cpp's environment, made if it is not there."""
-    environment = work / "llama.cpp"
-    python = environment / "bin" / "python"
-    installed = (
-        python.exists()
-        and not subprocess.run(
-            [python, "-c", "import llama_cpp, gguf"], stderr=subprocess.DEVNULL, check=False
-        ).returncode
-    )
-    if not installed:
-        print("building llama.cpp …", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        built = " ".join(f"-D{part}=OFF" for part in ("MTMD_BUILD", "LLAVA_BUILD", "LLAMA_BUILD_TOOLS"))
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEER_PACKAGES],
-            check=True, env=os.environ | {"CMAKE_ARGS": built},
-        )  # fmt: skip
-    return python
 
 
 def take_rounds(ours: Side, theirs: Side, rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -110,7 +131,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for row, (regime, phase) in ROWS.items():
         mine, other = ([one[phase] for one in found[f"{name}, {regime}"]] for name in ("ours", "theirs"))
         ratios = [a / b for a, b in zip(mine, other, strict=True)]
-        result[row] = {"glm4": median(mine), "llama.cpp": median(other), "ratio": median(ratios)}
+        result[row] = {"glm4": median(mine), "peer": median(other), "ratio": median(ratios)}
     reads = [median(kind[i]["bytes_per_s"] for key, kind in found.items() if key.startswith("read"))
              for i in range(len(found["read"]))]  # fmt: skip
     weights = found["read"][0]["weights"]
@@ -129,11 +150,11 @@ def show(result: dict[str, Any], names: list[dict[str, Any]]) -> None:
     print(f"{' and '.join(name['name'] for name in names)}, tokens a second, medians")
     for row in ROWS:
         values = result[row]
-        print(f"{row:22} {values['glm4']:9.2f} {values['llama.cpp']:9.2f}   {values['ratio']:.2f}x")
+        print(f"{row:22} {values['glm4']:9.2f} {values['peer']:9.2f}   {values['ratio']:.2f}x")
     share = result["decode_share_of_read"]
     print(f"plain read {median(result['read_gb_per_s']):.1f} GB/s; decoding one request reads at {share:.0%} of that")
     print(f"step at {LONG} tokens, KV int8: {result[f'step_at_{LONG}_to_{SHORT}_int8_kv']:.2f}x of that at {SHORT}")
-    print(f"load and first token: {names[0]['load_seconds']:.1f} s, llama.cpp {names[1]['load_seconds']:.1f} s")
+    print(f"load and first token: {names[0]['load_seconds']:.1f} s, the peer {names[1]['load_seconds']:.1f} s")
 
 
 def main() -> None:
@@ -141,17 +162,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="40 is the whole 9B")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--pair", action="append", help="ours:theirs, such as int4:Q4_0 (default) or int8:Q8_0")
+    parser.add_argument("--pair", action="append", help="ours:theirs, int4:Q4_0 unless told otherwise")
     parser.add_argument("--work", type=Path, default=HERE.parents[1] / "build" / "bench-cpu")
     options = parser.parse_args()
-    python, everything = peer_python(options.work), {}
+    everything = {}
     for pair in options.pair or ["int4:Q4_0"]:
         quantization, format = pair.split(":")
-        places = [options.work / f"9b-{options.layers}-{kind}" for kind in (quantization, format + ".gguf")]
+        peer = Peer.of(format)
+        file = format if peer is OPENVINO else f"{format}.gguf"
+        places = [options.work / f"9b-{options.layers}-{kind}" for kind in (quantization, file)]
         rest = (options.layers, options.threads)
         ours = Side.start(sys.executable, "our_side.py", places[0], quantization, *rest)
         names = [ours.answer()]
-        theirs = Side.start(python, "llama_cpp_side.py", places[1], format, *rest)
+        theirs = Side.start(peer.python(options.work), peer.script, places[1], format.removeprefix("openvino-"), *rest)
         names.append(theirs.answer())
         try:
             result = summary(take_rounds(ours, theirs, options.rounds))

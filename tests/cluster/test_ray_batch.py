@@ -23,12 +23,13 @@ from glm4.cluster.ray_batch import RayBatch
 from glm4.errors import CheckpointError, OptionError
 from glm4.options import EngineOptions, SamplingParams
 
-COUNT = 100
+COUNT = 400
+"""So many that they are still at work when the first ones are written."""
 FLAGS = ("--option", "max_new_tokens", "40", "--option", "temperature", "0", "--device", "cpu", "--threads", "1")
 
 
 def request_lines() -> list[Line]:
-    requests: list[Any] = [{"prompt": f"{i} 加五等于几", "custom_id": f"plain {i}"} for i in range(COUNT)]
+    requests: list[Any] = [{"prompt": f"{i % 100} 加五等于几", "custom_id": f"plain {i}"} for i in range(COUNT)]
     body = {"messages": [{"role": "user", "content": "请介绍一下北京"}]}
     requests[1] = {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body}
     requests[60] = {"custom_id": "plain 0", "prompt": "a name that was there"}

@@ -36,7 +36,7 @@ def penalised(row: torch.Tensor, held: SamplingState) -> torch.Tensor:
 
 
 def pick(rows: torch.Tensor, states: list[SamplingState], unknown: list[int] | None = None) -> list[int]:
-    return Sampler(unknown or [])(rows.clone(), states)[0]
+    return Sampler(unknown or [], rows.shape[1])(rows.clone(), states)[0]
 
 
 def logits_of(seed: int) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_same_seed_same_token_whatever_runs_beside_it() -> None:
 def test_unknown_ids_are_never_picked(params: SamplingParams) -> None:
     row = torch.zeros(VOCAB)
     row[30:] = 50.0
-    sampler = Sampler(list(range(30, VOCAB)))
+    sampler = Sampler(list(range(30, VOCAB)), VOCAB)
     for position in range(50):
         [token], [entry] = sampler(row[None].clone(), [state(params, [1], [2] * position)])
         assert token < 30
@@ -147,7 +147,7 @@ def test_logprobs_are_the_models_own() -> None:
     """Before penalties and temperature; over the ids that can be picked."""
     row = logits_of(5)
     params = SamplingParams(temperature=0.5, seed=3, logprobs=4, repetition_penalty=1.7)
-    _, [entry] = Sampler([39])(row[None].clone(), [state(params, [1], [2])])
+    _, [entry] = Sampler([39], VOCAB)(row[None].clone(), [state(params, [1], [2])])
     assert isinstance(entry, TokenLogprobs)
     expected = row[:39].double().log_softmax(-1)
     assert entry.logprob == pytest.approx(float(expected[entry.token_id]), abs=1e-5)
@@ -197,5 +197,5 @@ def test_what_a_mask_forbids_is_never_picked() -> None:
     rows = torch.stack([logits_of(1), logits_of(1)])
     masked = bytes([0b1000]) + bytes(4)
     states = [state(SamplingParams(temperature=3.0, seed=1), [1], []), state(SamplingParams(), [1], [])]
-    picked, _ = Sampler([])(rows.clone(), states, {0: masked})
+    picked, _ = Sampler([], rows.shape[1])(rows.clone(), states, {0: masked})
     assert picked == [3, int(rows[1].argmax())]

@@ -11,7 +11,7 @@ from torch import Tensor
 from glm4.ops.activation import swiglu as readable_swiglu
 from glm4.ops.cpu import library
 from glm4.ops.cpu.attention import rotate_and_store
-from glm4.ops.cpu.layer import add_norm, swiglu
+from glm4.ops.cpu.layer import add_norm, argmax, swiglu
 from glm4.ops.norm import rms_norm
 from glm4.ops.rotary import apply_rotary
 
@@ -64,6 +64,22 @@ def test_swiglu_keeps_what_is_not_finite(isas: list[str]) -> None:
     for isa in isas:
         library.select_isa(isa)
         torch.testing.assert_close(swiglu(gate_up), readable_swiglu(gate_up), equal_nan=True)
+
+
+@given(rows=st.integers(0, 5), size=st.integers(1, 300), data=st.data(), dtype=dtypes)
+@every_shape
+def test_argmax(isas: list[str], rows: int, size: int, data: st.DataObject, dtype: torch.dtype) -> None:
+    """Numbers that repeat, so that the first of several is asked for, and one that may be beyond `known`."""
+    known, seed = data.draw(st.integers(1, size)), data.draw(st.integers(0, 99))
+    worst = data.draw(st.sampled_from([None, torch.nan, torch.inf, -torch.inf]))
+    logits = random(rows, size + 3, seed=seed).mul(3).round().to(dtype)[:, :size]
+    expected = logits[:, :known].argmax(-1)
+    if worst is not None and rows:
+        logits[-1, data.draw(st.integers(0, size - 1))] = worst
+        expected[-1] = -1
+    for isa in isas:
+        library.select_isa(isa)
+        assert argmax(logits, known) == expected.tolist()
 
 
 @given(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from launching import REPOSITORY, Job, end_all, log, wait_until
+from tiny import write_tiny_chat
 
 from glm4.errors import EngineError
 from glm4.parallel import machines
@@ -188,24 +189,55 @@ def test_two_network_namespaces(cable: Cable) -> None:
     assert (second.finish().code, second.err) == (0, "")
 
 
-def test_a_cable_that_is_cut_in_the_middle_of_an_answer(cable: Cable) -> None:
-    """Both sides name the other one within the time limit."""
-    names, cut = cable
-    model = ("-m", str(REPOSITORY / "demo" / "glm4-demo"), "--tensor-parallel", "2", "--rank-timeout", "3")
-    prompt = ("generate", "从前", *model, "-o", "ignore_eos", "true", "-o", "max_new_tokens", "30000")
+def answer_on_two_machines(names: tuple[str, str], model: Path, *flags: str) -> list[Job]:
+    """`glm4 generate` with one rank in each namespace, which goes on until it is stopped."""
+    prompt = ("generate", "从前", "-v", "-m", str(model), "--rank-timeout", "3", *flags)
+    long = ("-o", "ignore_eos", "true", "-o", "max_new_tokens", "30000")
     where = ("--nproc", "1", "--nnodes", "2", "--master-addr", "10.77.0.1", "--port", "8118")
-    first, second = (
+    return [
         Job(
-            *("launch", *where, "--node-rank", str(number), "--log-dir", f"logs-{number}", "--", "glm4", *prompt),
+            *(
+                "launch",
+                *where,
+                "--node-rank",
+                str(number),
+                "--log-dir",
+                f"logs-{number}",
+                "--",
+                "glm4",
+                *prompt,
+                *long,
+            ),
             module="glm4",
             inside=("ip", "netns", "exec", name),
             stdin=subprocess.DEVNULL,
         )
         for number, name in enumerate(names)
-    )
-    wait_until(lambda: len(log(0, "logs-0")) > 100)
-    cut()
+    ]
+
+
+def check_both_name_the_other(first: Job, second: Job) -> None:
     assert (first.finish().code, second.finish().code) == (9, 9)
     assert "rank 1 (pid " in first.message
     assert "rank 0 " in second.message
     assert first.left() == second.left() == []
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_a_cable_that_is_cut_in_the_middle_of_an_answer(cable: Cable, kind: str) -> None:
+    """Both sides name the other one within the time limit."""
+    names, cut = cable
+    jobs = answer_on_two_machines(names, REPOSITORY / "demo" / "glm4-demo", f"--{kind}-parallel", "2")
+    wait_until(lambda: len(log(0, "logs-0")) > 1000)
+    cut()
+    check_both_name_the_other(*jobs)
+
+
+def test_a_cable_that_is_cut_while_the_ranks_load(cable: Cable, tmp_path: Path) -> None:
+    """They quantise for a second or two, and each says before that what it computes with."""
+    names, cut = cable
+    large = write_tiny_chat(tmp_path / "large", num_hidden_layers=8, hidden_size=1024, intermediate_size=8192).path
+    jobs = answer_on_two_machines(names, large, "--tensor-parallel", "2", "--quantization", "int4")
+    wait_until(lambda: all("CPU kernels" in log(number, f"logs-{number}") for number in range(2)))
+    cut()
+    check_both_name_the_other(*jobs)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from glm4.ops.cpu import library
 from glm4.ops.cpu.linear import make_quantized_linear
 from glm4.options import EngineOptions
 from glm4.parallel import ranks
+from glm4.parallel.control import Kind, Leader
+from glm4.parallel.ranks import Ranks
 from glm4.parallel.world import Place
 from glm4.quantization.layout import Cut, chosen_layout
 from glm4.quantization.quantize import quantize
@@ -211,6 +213,42 @@ def test_a_rank_that_is_lost_while_it_answers_is_one_error(tiny: TinyCheckpoint,
     deadline = time.monotonic() + 10
     while follower_pids() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert follower_pids() == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("degrees", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["tensor", "pipeline"])
+def test_a_rank_that_is_lost_with_a_prompt_in_hand(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, degrees: dict[str, int], sign: int
+) -> None:
+    tell = Leader.tell
+
+    def tell_and_kill(leader: Leader, kind: Kind, payload: bytes = b"") -> None:
+        tell(leader, kind, payload)
+        if kind is Kind.PLAN:
+            os.kill(pid, sign)
+
+    with over_ranks(tiny.path, rank_timeout=3.0, **degrees) as llm:
+        [pid] = follower_pids()
+        monkeypatch.setattr(Leader, "tell", tell_and_kill)
+        with pytest.raises(EngineError, match=rf"rank 1 .*pid {pid}"):
+            llm.generate("天涯何处无芳草" * 20, FREE)
+    assert follower_pids() == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_while_it_loads(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
+    loading = Ranks.loading
+
+    def load_and_kill(self: Ranks) -> None:
+        loading(self)
+        with suppress(ProcessLookupError):
+            for pid in follower_pids():
+                os.kill(pid, sign)
+
+    monkeypatch.setattr(Ranks, "loading", load_and_kill)
+    with pytest.raises(EngineError, match=r"rank 1 .*pid"):
+        LLM(tiny.path, tensor_parallel=2, threads=1, rank_timeout=3.0).generate("abc", FREE)
     assert follower_pids() == []
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glm4.engine.step import TokenLogprobs
+from glm4.ops.fused import argmax
 from glm4.options import SamplingParams
 
 _CANDIDATES = 1024
@@ -35,6 +36,20 @@ class SamplingState:
         """Tokens of the answer so far."""
         return len(self.token_ids) - self.prompt_len
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is picked, whatever was said before, and nothing else is asked for."""
+        said = self.sampling
+        return not (
+            said.do_sample
+            or said.logprobs is not None
+            or said.logit_bias
+            or said.repetition_penalty not in (None, 1.0)
+            or said.presence_penalty
+            or said.frequency_penalty
+            or self.num_generated < (said.min_new_tokens or 0)
+        )
+
     def cut(self, length: int) -> SamplingState:
         """The state when only `length` tokens were there."""
         return self if length == len(self.token_ids) else replace(self, token_ids=self.token_ids[:length])
@@ -43,14 +58,29 @@ class SamplingState:
 class Sampler:
     """Picks one token for each row of logits."""
 
-    def __init__(self, unknown_ids: list[int]) -> None:
+    def __init__(self, unknown_ids: list[int], vocab_size: int) -> None:
         """`unknown_ids`: rows of the vocabulary that the tokenizer has no token for; they are never picked."""
         self._unknown = torch.tensor(unknown_ids, dtype=torch.int64)
+        known = vocab_size - len(unknown_ids)
+        self._known = known if unknown_ids == list(range(known, vocab_size)) else None
+        """Where they begin, if they are the vocabulary's end."""
 
     def mask_unknown(self, logits: Tensor) -> None:
         """Make the unknown ids of `logits` (float32 [rows, vocab_size]) impossible, in place."""
+        if self._known is not None:
+            logits[:, self._known :] = -torch.inf
+            return
         self._unknown = self._unknown.to(logits.device)
         logits.index_fill_(-1, self._unknown, -torch.inf)
+
+    def pick_plain(self, logits: Tensor, states: list[SamplingState]) -> list[int] | None:
+        """The likeliest ids, -1 for a row that is not finite, where nothing else is asked for: None where it is.
+
+        logits: float32 or bfloat16 [rows, vocab_size], not changed. All that greedy decoding needs, in one pass.
+        """
+        if self._known is None or not all(state.is_plain for state in states):
+            return None
+        return argmax(logits, self._known)
 
     def __call__(
         self, logits: Tensor, states: list[SamplingState], allowed: dict[int, bytes] | None = None

@@ -24,7 +24,7 @@ class StepOutput(Protocol):
         ...
 
     def logits(self, rows: list[int]) -> Tensor | None:
-        """float32 [len(rows), vocab_size], which the caller may overwrite; None where another rank has them.
+        """float32 or bfloat16 [len(rows), vocab_size], the caller may overwrite them; None where another rank has them.
 
         All ranks that share the model call it, with the same rows in the same order.
         """
@@ -36,7 +36,7 @@ class TokenPicker:
 
     def __init__(self, unknown_ids: list[int], vocab_size: int) -> None:
         """`unknown_ids`: vocabulary rows without a token, never picked; vocab_size: all rows."""
-        self._sampler, self._vocab_size = Sampler(unknown_ids), vocab_size
+        self._sampler, self._vocab_size = Sampler(unknown_ids, vocab_size), vocab_size
         self._states: dict[int, SamplingState] = {}
 
     def remember(self, plan: StepPlan) -> None:
@@ -64,7 +64,8 @@ class TokenPicker:
                 hidden = output.hidden(first, first + len(step.token_ids))
                 extra["hidden_states"] = hidden if step.hidden_states == "all" else hidden.sum(0, dtype=torch.float32)
             if step.raw_logits_at:
-                extra["logits"] = output.logits([first + i for i in step.raw_logits_at])
+                logits = output.logits([first + i for i in step.raw_logits_at])
+                extra["logits"] = None if logits is None else logits.float()
             if extra:
                 results[step.request_id] = replace(results.get(step.request_id, RequestResult([])), **extra)
         return results
@@ -77,12 +78,17 @@ class TokenPicker:
         logits = output.logits([row for _, row, _ in wanted]) if wanted else None
         if logits is None:
             return {}
-        finite = logits.sum(-1).isfinite().tolist()  # one pass; isfinite on all of them takes several
-        damaged = {step.request_id for (step, _, _), sound in zip(wanted, finite, strict=True) if not sound}
-        if damaged:
-            logits.nan_to_num_()
         states = [self._states[step.request_id].cut(step.start + i + 1) for step, _, i in wanted]
-        token_ids, logprobs = self._sampler(logits, states, self._masks(plan, wanted))
+        masks = self._masks(plan, wanted)
+        plain = None if masks else self._sampler.pick_plain(logits, states)
+        if plain is not None:
+            token_ids, finite = plain, [token_id >= 0 for token_id in plain]
+            logprobs: list[TokenLogprobs | None] = [None] * len(plain)
+        else:
+            logits = logits.float()
+            finite = logits.sum(-1).isfinite().tolist()  # one pass; isfinite on all of them takes several
+            token_ids, logprobs = self._sampler(logits if all(finite) else logits.nan_to_num_(), states, masks)
+        damaged = {step.request_id for (step, _, _), sound in zip(wanted, finite, strict=True) if not sound}
         picked: dict[int, RequestResult] = {}
         for (step, _, i), token_id, entry in zip(wanted, token_ids, logprobs, strict=True):
             result = picked.setdefault(step.request_id, RequestResult([]))
@@ -111,6 +117,7 @@ class TokenPicker:
             targets = step.prompt_targets[begin : begin + _LOGIT_ROWS]
             logits = output.logits(list(range(first + begin, first + begin + len(targets))))
             if logits is not None:
+                logits = logits.float()
                 self._sampler.mask_unknown(logits)
                 found += [token_logprobs(row, t, count) for row, t in zip(logits.log_softmax(-1), targets, strict=True)]
         return found

@@ -164,14 +164,14 @@ class Glm4ForInference:
         return layer.o_proj(rotary_attention(q, k, v, cos, sin, k_cache, v_cache, batch).view(tokens, -1))
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden: [rows, hidden_size] → float32 [rows, vocab_size]; None on all but the first rank that shares it."""
+        """hidden: [rows, hidden_size] → [rows, vocab_size], of its dtype; None on all but the first rank."""
         logits, ranks = self.lm_head(hidden), self._collectives.size
         if ranks == 1:
-            return logits.float()
+            return logits
         widths = [end - first for first, end in (self._shard.vocabulary(self.config, rank) for rank in range(ranks))]
         widest = max(widths)
         gathered = self._collectives.gather(F.pad(logits, (0, widest - logits.shape[1])))
         if gathered is None or widest * ranks == self.config.vocab_size:
-            return None if gathered is None else gathered.float()
+            return gathered
         parts = gathered.view(len(gathered), ranks, widest).unbind(1)
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1).float()
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)

@@ -1,4 +1,4 @@
-"""What a decoder block computes between its matrix products: on the native kernels where they run, else in torch.
+"""What a model computes between and after its matrix products: on the native kernels where they run, else in torch.
 
 Here alone it is decided. The torch forms are those of `norm`, `activation`, `rotary` and `attention`, operation by
 operation, and the kernels are tested against them.
@@ -6,6 +6,7 @@ operation, and the kernels are tested against them.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from glm4.ops import activation, attention
@@ -56,3 +57,15 @@ def rotary_attention(
     cache = (k_cache.data, v_cache.data, k_cache.scales, v_cache.scales)
     cpu_attention.rotate_and_store(q, k, v, cos, sin, batch.slots, *cache)
     return cpu_attention.paged_attention(q, k_cache.data, v_cache.data, batch.native, *cache[2:])
+
+
+def argmax(logits: Tensor, known: int) -> list[int]:
+    """The first of the largest among the first `known` of each row; -1 for a row that is not finite anywhere.
+
+    logits: float32 or bfloat16 [rows, size].
+    """
+    if computes(logits):
+        return cpu_layer.argmax(logits, known)
+    finite = logits.sum(-1, dtype=torch.float32).isfinite()  # one pass; isfinite on all of them takes several
+    picked: list[int] = logits[:, :known].argmax(-1).where(finite, -1).tolist()
+    return picked

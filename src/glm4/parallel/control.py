@@ -82,7 +82,16 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerGone(Exception):
-    """The other end of a connection is closed, or cannot be reached any more."""
+    """The other end of a connection is closed."""
+
+
+class PeerCutOff(PeerGone):
+    """The other end cannot be reached any more, whatever has become of it."""
+
+    @classmethod
+    def of(cls, error: OSError) -> PeerGone:
+        """What an error on a connection says of its other end."""
+        return PeerGone() if isinstance(error, BrokenPipeError | ConnectionResetError) else cls()
 
 
 class Channel:
@@ -115,7 +124,7 @@ class Channel:
             with self._lock:
                 self._sock.sendall(_HEADER.pack(kind, len(payload)) + payload)
         except OSError as error:
-            raise PeerGone from error
+            raise PeerCutOff.of(error) from error
 
     def receive(self, wait: float) -> tuple[Kind, bytes] | None:
         """The next frame but ALIVE, or None if none comes within `wait` seconds. Raises PeerGone."""
@@ -145,7 +154,7 @@ class Channel:
         try:
             data = self._sock.recv(_READ_BYTES)
         except OSError as error:
-            raise PeerGone from error
+            raise PeerCutOff.of(error) from error
         if not data:
             raise PeerGone
         self.heard = time.monotonic()
@@ -262,8 +271,8 @@ class Leader:
         """The line for ranks that should have spoken."""
         names = " and ".join(str(self._names[rank]) for rank in ranks)
         return (
-            f"{names} {'has' if len(ranks) == 1 else 'have'} not answered for {self._timeout:g} s: look at the log of "
-            "that rank, or raise rank_timeout where a step takes longer"
+            f"{names} {'has' if len(ranks) == 1 else 'have'} not answered for {self._timeout:g} s: look at what "
+            "that rank said last, or raise rank_timeout where a step takes longer"
         )
 
     def _lose(self, rank: int) -> Glm4Error:
@@ -298,27 +307,35 @@ class Follower:
     """Seconds without a sign of life after which the leader is lost."""
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Send a frame to the leader. Raises LeaderGone."""
+        """Send a frame to the leader. Raises as `receive` does."""
         try:
             self.channel.send(kind, payload)
         except PeerGone as error:
-            raise LeaderGone from error
+            raise self._gone(error) from error
 
     def fail(self, error: Glm4Error) -> None:
         """Tell the leader why this rank ends."""
-        with suppress(LeaderGone):  # which knows, or has ended for a reason of its own
+        with suppress(LeaderGone, EngineError):  # it knows, or has ended for a reason of its own
             self.send(Kind.FAILED, msgspec.msgpack.encode(Failure.of(error)))
 
     def receive(self) -> tuple[Kind, bytes]:
-        """The next frame, however long it takes. Raises LeaderGone at the end, EngineError for a leader that hangs."""
+        """The next frame, however long it takes.
+
+        Raises LeaderGone at the end, EngineError for a leader that hangs or cannot be reached.
+        """
         while True:
             try:
                 frame = self.channel.receive(min(1.0, self.timeout / _HEARTBEATS))
             except PeerGone as error:
-                raise LeaderGone from error
+                raise self._gone(error) from error
             if frame is not None:
                 return frame
             self._check_heard()
+
+    def _gone(self, error: PeerGone) -> Exception:
+        if isinstance(error, PeerCutOff):
+            return EngineError(f"rank {self.leader} cannot be reached any more: look at its machine and the network")
+        return LeaderGone()
 
     def check(self) -> None:
         """Raise EngineError when the leader is gone in the middle of a step, or hangs."""
@@ -326,7 +343,7 @@ class Follower:
             self.channel.look()
         except PeerGone:
             raise EngineError(
-                f"rank {self.leader} has ended in the middle of a step, or cannot be reached: see its log"
+                f"rank {self.leader} has ended in the middle of a step, or cannot be reached: look at what it said last"
             ) from None
         self._check_heard()
 

@@ -28,7 +28,9 @@ from glm4.parallel.world import Degrees, Place
 
 _START_SECONDS = 300.0
 """How long ranks may take to find each other."""
-_EXIT_SECONDS = 5.0
+_HELLO_SECONDS = 5.0
+_EXIT_SECONDS = 2.0
+"""How long followers may take to leave: they hold nothing that a kill would lose."""
 _SLICE = 0.1
 """Seconds of waiting between two looks at whether the others are still there."""
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
@@ -120,14 +122,16 @@ def _welcome(
                 raise EngineError(f"rank {rank} {exit_in_words(process.returncode)} before it had begun: start again")
         if time.monotonic() > end:
             listed = " and ".join(map(str, missing))
-            raise EngineError(f"rank {listed} has not come within {_START_SECONDS:g} s: see its log, or start it")
+            raise EngineError(
+                f"rank {listed} has not come within {_START_SECONDS:g} s: see what it said last, or start it"
+            )
         try:
             connection, _ = listener.accept()
         except TimeoutError:
             continue
         channel = Channel(connection, options.rank_timeout)
         try:
-            frame = channel.receive(_EXIT_SECONDS)
+            frame = channel.receive(_HELLO_SECONDS)
         except PeerGone:
             continue
         if frame is None or frame[0] is not Kind.HELLO:
@@ -275,9 +279,10 @@ class Ranks:
         self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        end = time.monotonic() + _EXIT_SECONDS
         for process in self._processes:
             try:
-                process.wait(_EXIT_SECONDS)
+                process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

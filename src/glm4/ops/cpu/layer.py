@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4.ops.cpu.library import DTYPES, NormStruct, SwigluStruct, need
+from glm4.ops.cpu.library import DTYPES, ArgmaxStruct, NormStruct, SwigluStruct, need
 
 
 def add_norm(
@@ -74,3 +74,27 @@ def swiglu(gate_up: Tensor) -> Tensor:
         )
     )
     return out
+
+
+def argmax(logits: Tensor, known: int) -> list[int]:
+    """The first of the largest among the first `known` of each row; -1 for a row that is not finite anywhere.
+
+    logits: float32 or bfloat16 [rows, size], 0 < known <= size.
+    """
+    (rows, size), picked = logits.shape, torch.empty(len(logits), dtype=torch.int64)
+    if logits.dtype not in DTYPES or not 0 < known <= size:
+        raise ValueError(f"no likeliest of {known} in {logits.dtype} {list(logits.shape)}")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    need().glm4_argmax(
+        ArgmaxStruct(
+            rows=rows,
+            size=size,
+            known=known,
+            stride=logits.stride(0),
+            dtype=DTYPES[logits.dtype],
+            logits=logits.data_ptr(),
+            picked=picked.data_ptr(),
+        )
+    )
+    return picked.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm4.errors import OptionError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_VARIABLE = "GLM4_CPU_ISA"
 LIBRARY_VARIABLE = "GLM4_CPU_LIBRARY"
 """Names a library to load instead of the installed one: another build, such as csrc/sanitize.sh makes."""
@@ -129,6 +129,20 @@ class KvWriteStruct(ctypes.Structure):
     ]
 
 
+class ArgmaxStruct(ctypes.Structure):
+    """Glm4Argmax of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("known", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("picked", ctypes.c_void_p),
+    ]
+
+
 _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _WEIGHT = ctypes.POINTER(WeightStruct)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -147,6 +161,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_norm": (None, [ctypes.POINTER(NormStruct)]),
     "glm4_swiglu": (None, [ctypes.POINTER(SwigluStruct)]),
     "glm4_rotate_and_store": (_INT, [ctypes.POINTER(KvWriteStruct)]),
+    "glm4_argmax": (None, [ctypes.POINTER(ArgmaxStruct)]),
     "glm4_group_bytes": (_I64, [_INT]),
     "glm4_group_open": (_POINTER, [_INT, _INT, _INT]),
     "glm4_group_close": (None, [_POINTER]),
