@@ -132,6 +132,31 @@ typedef struct {
 // Returns 0, or 1 where a place lies outside the cache, and then nothing was done.
 GLM4_API int glm4_rotate_and_store(const Glm4KvWrite *write);
 
+// A decoder block's weights, and its part of the cache. Norms: [size], of the step's dtype; the last one is what the
+// stream is normalised with for the block after.
+typedef struct {
+    const Glm4Weight *q, *k, *v, *o, *gate_up, *down;
+    const void *post_self_attn_norm, *post_attention_norm, *post_mlp_norm, *next_norm;
+    void *k_cache, *v_cache;
+    float *k_scales, *v_scales;
+} Glm4Block;
+
+// What is the same for all blocks of a step. The caches and scales in `write` and `attention` are not read. All memory is
+// of the same dtype, and dense: the strides are the rows of the weights.
+typedef struct {
+    Glm4KvWrite write;          // write.k is k, write.v is v
+    Glm4Attention attention;    // attention.q is write.q
+    void *hidden, *normed;      // [tokens, size]: the residual stream, and normalised for the block; both are replaced
+    void *k, *v;                // [tokens, kv_heads, head_dim]: room, as all that follows
+    void *branch;               // [tokens, size]
+    void *gate_up, *gated;      // [tokens, 2, intermediate], [tokens, intermediate]
+    float eps;
+} Glm4Step;
+
+// attended = attention of q, k, v; hidden += n(o(attended)); then hidden += n(down(swiglu(gate_up(n(hidden))))).
+// Returns 0, or 1 where a slot or a block lies outside the cache.
+GLM4_API int glm4_block(const Glm4Block *block, const Glm4Step *step);
+
 // Where each row of logits is largest.
 typedef struct {
     int64_t rows, size, known;  // only the first `known` of `size` numbers may be picked

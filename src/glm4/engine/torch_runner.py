@@ -22,7 +22,8 @@ class _Output:
         return self._hidden[first:end].clone()
 
     def logits(self, rows: list[int]) -> Tensor | None:
-        return self._model.logits(self._hidden[rows])
+        places = torch.tensor(rows, device=self._hidden.device)
+        return self._model.logits(self._hidden.index_select(0, places))
 
 
 class TorchRunner:

@@ -18,9 +18,15 @@ from glm4.model.configuration_glm4 import Glm4Config
 from glm4.model.modeling_glm4 import RotaryEmbedding
 from glm4.model.sharding import WHOLE, Shard
 from glm4.ops.attention import AttentionBatch, CacheTensor, KVCache
-from glm4.ops.fused import add_norm, rotary_attention, swiglu
+from glm4.ops.fused import (
+    add_norm,
+    make_native_blocks,
+    rms_norm,
+    rotary_attention,
+    run_native_blocks,
+    swiglu,
+)
 from glm4.ops.linear import Linear, LinearLayer
-from glm4.ops.norm import rms_norm
 from glm4.parallel.collectives import ALONE, Collectives
 
 
@@ -38,6 +44,15 @@ class LayerWeights:
     gate_up_proj: LinearLayer
     down_proj: LinearLayer
     post_mlp_layernorm: Tensor
+
+    @property
+    def linears(self) -> tuple[LinearLayer, ...]:
+        """In the order of their use."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
+    def norms(self, following: Tensor) -> tuple[Tensor, ...]:
+        """In the order of their use, `following` being that of the next layer; its own first one is not among them."""
+        return self.post_self_attn_layernorm, self.post_attention_layernorm, self.post_mlp_layernorm, following
 
 
 class RowParallel:
@@ -84,6 +99,10 @@ class Glm4ForInference:
         if shard.is_last:
             self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else linear("lm_head", False)
         self.rotary = RotaryEmbedding(config).to(device)
+        self._blocks = make_native_blocks(
+            [(layer.linears, layer.norms(norm)) for layer, norm in zip(self.layers, self._next_norms(), strict=True)],
+            config.head_dim,
+        )
 
     def _layer(
         self, prefix: str, weight: Callable[[str], Tensor], linear: Callable[[str, bool], LinearLayer]
@@ -106,6 +125,10 @@ class Glm4ForInference:
             down_proj=row_parallel(prefix + "mlp.down_proj"),
             post_mlp_layernorm=weight(prefix + "post_mlp_layernorm.weight"),
         )
+
+    def _next_norms(self) -> list[Tensor]:
+        """For each layer, the norm that comes after it."""
+        return [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
 
     def new_kv_cache(self, slots: int, dtype: torch.dtype) -> KVCache:
         """Room for the keys and values of `slots` tokens in `dtype` (bfloat16, float32 or int8), not initialised."""
@@ -132,9 +155,11 @@ class Glm4ForInference:
         x = self._embed(token_ids) if stream is None else stream
         cos, sin = self.rotary(positions, x.dtype)
         eps = self.config.rms_norm_eps
-        next_norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
         normed = rms_norm(x, self.layers[0].input_layernorm, eps)
-        for layer, next_norm, (k_cache, v_cache) in zip(self.layers, next_norms, kv_cache, strict=True):
+        if self._blocks is not None:
+            x, normed = run_native_blocks(self._blocks, x, normed, cos, sin, kv_cache, batch, eps)
+            return normed if self._shard.is_last else x
+        for layer, next_norm, (k_cache, v_cache) in zip(self.layers, self._next_norms(), kv_cache, strict=True):
             attended = self._attend(layer, normed, cos, sin, batch, k_cache, v_cache)
             x, normed = add_norm(x, attended, layer.post_self_attn_layernorm, layer.post_attention_layernorm, eps)
             gated = swiglu(layer.gate_up_proj(normed))
@@ -143,10 +168,10 @@ class Glm4ForInference:
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._collectives.size == 1:
-            return self.embed_tokens[token_ids]
+            return F.embedding(token_ids, self.embed_tokens)
         first, end = self._shard.vocabulary(self.config)
         here = (token_ids >= first) & (token_ids < end)
-        rows = self.embed_tokens[(token_ids - first).where(here, 0)]
+        rows = F.embedding((token_ids - first).where(here, 0), self.embed_tokens)
         return self._collectives.all_reduce(rows.where(here[:, None], 0))  # all but one rank add zeros
 
     def _attend(

@@ -6,16 +6,24 @@ operation, and the kernels are tested against them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from glm4.ops import activation, attention
-from glm4.ops.attention import AttentionBatch, CacheTensor
+from glm4.ops import activation, attention, norm
+from glm4.ops.attention import AttentionBatch, CacheTensor, KVCache
 from glm4.ops.cpu import attention as cpu_attention
 from glm4.ops.cpu import layer as cpu_layer
+from glm4.ops.cpu.block import NativeBlock, NativeStep
 from glm4.ops.cpu.library import computes
-from glm4.ops.norm import rms_norm
+from glm4.ops.cpu.linear import PackedLinear
 from glm4.ops.rotary import apply_rotary
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`norm.rms_norm`; x: [tokens, size], weight: [size], of one dtype."""
+    return cpu_layer.add_norm(x, None, None, weight, eps)[1] if computes(x) else norm.rms_norm(x, weight, eps)
 
 
 def add_norm(
@@ -27,8 +35,8 @@ def add_norm(
     """
     if computes(residual):
         return cpu_layer.add_norm(residual, branch, branch_weight, weight, eps)
-    hidden = residual + rms_norm(branch, branch_weight, eps)
-    return hidden, rms_norm(hidden, weight, eps)
+    hidden = residual + norm.rms_norm(branch, branch_weight, eps)
+    return hidden, norm.rms_norm(hidden, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -69,3 +77,40 @@ def argmax(logits: Tensor, known: int) -> list[int]:
     finite = logits.sum(-1, dtype=torch.float32).isfinite()  # one pass; isfinite on all of them takes several
     picked: list[int] = logits[:, :known].argmax(-1).where(finite, -1).tolist()
     return picked
+
+
+def make_native_blocks(
+    blocks: Sequence[tuple[Sequence[object], Sequence[Tensor]]], head_dim: int
+) -> list[NativeBlock] | None:
+    """Decoder blocks that the kernels compute in one call each; None where they do not compute every part of them.
+
+    blocks: each one's linear layers (q, k, v, o, gate_up, down) and norms (after attention, before and after the MLP,
+    before the next block).
+    """
+    if not all(NativeBlock.accepts(linears, norms, head_dim) for linears, norms in blocks):
+        return None
+    return [
+        NativeBlock([each for each in linears if isinstance(each, PackedLinear)], norms) for linears, norms in blocks
+    ]
+
+
+def run_native_blocks(
+    blocks: list[NativeBlock],
+    x: Tensor,
+    normed: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: KVCache,
+    batch: AttentionBatch,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x and what the first block's norm made of it, both [tokens, size] → the same after the last.
+
+    Bit for bit what the functions above and the linear layers compute by calls of their own.
+    """
+    head_dim = kv_cache[0][0].data.shape[2]
+    x = x.clone()
+    step = NativeStep(x, normed, cos, sin, batch.slots, batch.native, blocks[0], head_dim, eps)
+    for block, (keys, values) in zip(blocks, kv_cache, strict=True):
+        step.run(block, keys.data, values.data, keys.scales, values.scales)
+    return x, normed

@@ -176,6 +176,14 @@ class Channel:
         self._sock.close()
 
 
+def _silence(names: list[str], seconds: float) -> str:
+    have = "has" if len(names) == 1 else "have"
+    return (
+        f"{' and '.join(names)} {have} not answered for {seconds:g} s: look at what that rank said last, or raise "
+        "rank_timeout where a step takes longer"
+    )
+
+
 class Leader:
     """The leader's end: a channel to each follower, and a thread that tells them that it is alive."""
 
@@ -269,11 +277,7 @@ class Leader:
 
     def silence(self, ranks: list[int]) -> str:
         """The line for ranks that should have spoken."""
-        names = " and ".join(str(self._names[rank]) for rank in ranks)
-        return (
-            f"{names} {'has' if len(ranks) == 1 else 'have'} not answered for {self._timeout:g} s: look at what "
-            "that rank said last, or raise rank_timeout where a step takes longer"
-        )
+        return _silence([str(self._names[rank]) for rank in ranks], self._timeout)
 
     def _lose(self, rank: int) -> Glm4Error:
         self._lost = EngineError(
@@ -336,6 +340,10 @@ class Follower:
         if isinstance(error, PeerCutOff):
             return EngineError(f"rank {self.leader} cannot be reached any more: look at its machine and the network")
         return LeaderGone()
+
+    def silence(self, ranks: list[int]) -> str:
+        """The line for ranks that should have spoken, of which a follower knows no more than the numbers."""
+        return _silence([f"rank {rank}" for rank in ranks], self.timeout)
 
     def check(self) -> None:
         """Raise EngineError when the leader is gone in the middle of a step, or hangs."""

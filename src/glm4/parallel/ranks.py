@@ -250,20 +250,20 @@ class Ranks:
     def receive_stage(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The residual stream from the stage before."""
         x = torch.empty(shape, dtype=dtype, device=device)
-        self._transfer(lambda: dist.recv(x, self.place.previous))
+        self._transfer(dist.recv, x, self.place.previous)
         return x
 
     def send_stage(self, x: torch.Tensor) -> None:
         """The residual stream to the stage after."""
-        assert self.place.next is not None
-        self._transfer(lambda: dist.send(x.contiguous(), self.place.next))
+        self._transfer(dist.send, x.contiguous(), self.place.next)
 
-    def _transfer(self, transfer: Callable[[], object]) -> None:
+    def _transfer(self, transfer: Callable[[torch.Tensor, int], object], x: torch.Tensor, peer: int | None) -> None:
+        assert peer is not None
         try:
-            transfer()
+            transfer(x, peer)
         except RuntimeError as error:
             self.control.check()  # names the rank that is lost, if it knows
-            raise EngineError(f"the stages cannot reach each other any more: {str(error).splitlines()[0]}") from error
+            raise EngineError(self.control.silence([peer])) from error
 
     def fail(self, error: Glm4Error) -> None:
         """Tell the others why this rank ends."""

@@ -41,6 +41,9 @@ class WeightStruct(ctypes.Structure):
     ]
 
 
+_WEIGHT = ctypes.POINTER(WeightStruct)
+
+
 class AttentionStruct(ctypes.Structure):
     """Glm4Attention of csrc/glm4_cpu.h."""
 
@@ -129,6 +132,32 @@ class KvWriteStruct(ctypes.Structure):
     ]
 
 
+class BlockStruct(ctypes.Structure):
+    """Glm4Block of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        *((name, _WEIGHT) for name in ("q", "k", "v", "o", "gate_up", "down")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "post_self_attn_norm", "post_attention_norm", "post_mlp_norm", "next_norm",
+                "k_cache", "v_cache", "k_scales", "v_scales",
+            )
+        ),
+    ]  # fmt: skip
+
+
+class StepStruct(ctypes.Structure):
+    """Glm4Step of csrc/glm4_cpu.h."""
+
+    _fields_ = [
+        ("write", KvWriteStruct),
+        ("attention", AttentionStruct),
+        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "k", "v", "branch", "gate_up", "gated")),
+        ("eps", ctypes.c_float),
+    ]
+
+
 class ArgmaxStruct(ctypes.Structure):
     """Glm4Argmax of csrc/glm4_cpu.h."""
 
@@ -144,7 +173,6 @@ class ArgmaxStruct(ctypes.Structure):
 
 
 _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_WEIGHT = ctypes.POINTER(WeightStruct)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_abi_version": (_INT, []),
     "glm4_select_isa": (ctypes.c_char_p, [ctypes.c_char_p]),
@@ -161,6 +189,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_norm": (None, [ctypes.POINTER(NormStruct)]),
     "glm4_swiglu": (None, [ctypes.POINTER(SwigluStruct)]),
     "glm4_rotate_and_store": (_INT, [ctypes.POINTER(KvWriteStruct)]),
+    "glm4_block": (_INT, [ctypes.POINTER(BlockStruct), ctypes.POINTER(StepStruct)]),
     "glm4_argmax": (None, [ctypes.POINTER(ArgmaxStruct)]),
     "glm4_group_bytes": (_I64, [_INT]),
     "glm4_group_open": (_POINTER, [_INT, _INT, _INT]),

@@ -117,6 +117,11 @@ class PackedLinear:
         self._struct.values, self._struct.scales, *rest = (part.data_ptr() for part in self._memory)
         self._struct.zeros = rest[0] if rest else None
 
+    @property
+    def struct(self) -> WeightStruct:
+        """What the kernels take; valid while this layer is there."""
+        return self._struct
+
     @staticmethod
     def accepts(weight: QuantizedWeight | PanelWeight) -> bool:
         """Whether the kernels know this group size."""
