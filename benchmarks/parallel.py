@@ -1,8 +1,9 @@
 """One model over 1, 2, 4 … ranks of this machine: memory of each rank, start to first token, time of a step.
 
-    python benchmarks/parallel.py MODEL --degrees 1 2 4 --rounds 3
+    python benchmarks/parallel.py MODEL --degrees 1 2 4 --rounds 3 [--cold]
 
-Each round starts every degree in turn, in a process of its own, with the machine's cores shared out among its ranks.
+Each round starts every degree in turn, in a process of its own, with the machine's cores shared out among its ranks;
+with --cold after the system has forgotten what it had read of files (Linux, as root).
 Private memory is what no file backs (RssAnon), at its highest while the ranks load and answer.
 """
 
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization", default="none")
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--once", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:
@@ -88,6 +90,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for degree in args.degrees:
             command = [sys.executable, __file__, args.model, "--once", str(degree), "--quantization", args.quantization]
+            if args.cold:
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("3")
             ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[degree].append(json.loads(ran.stdout.splitlines()[-1]))
     print("| ranks | load | start to first token | step | private memory of each rank, most |")

@@ -41,6 +41,11 @@ GLM4_API int glm4_threads(void);
 GLM4_API void *glm4_allocate(size_t bytes);
 GLM4_API void glm4_free(void *memory, size_t bytes);
 
+// How many memory nodes this process may use, and deal the pages of memory from glm4_allocate, which holds nothing yet,
+// out to them in turn; whether the system did.
+GLM4_API int glm4_memory_nodes(void);
+GLM4_API int glm4_spread(void *memory, size_t bytes);
+
 // Have the pages of memory that is there at hand, on huge pages where that is possible; of a mapped file, read them.
 GLM4_API void glm4_map_in(const void *memory, size_t bytes);
 

@@ -44,6 +44,8 @@ class Peer:
     packages: tuple[str, ...]
     build: tuple[str, ...] = ()
     """CMake's options, where it is built from source."""
+    unwanted: tuple[str, ...] = ()
+    """What comes with the packages and is not used."""
 
     @classmethod
     def of(cls, format: str) -> Peer:
@@ -62,6 +64,8 @@ class Peer:
             [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.packages],
             check=True, env=os.environ | {"CMAKE_ARGS": " ".join(self.build)},
         )  # fmt: skip
+        if self.unwanted:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *self.unwanted], check=True)
         return python
 
 
@@ -71,7 +75,8 @@ LLAMA_CPP = Peer(
 )  # fmt: skip
 OPENVINO = Peer(
     "openvino", "openvino_side.py", "openvino_genai, optimum.intel, nncf",
-    ("openvino-genai==2026.4.0.0", "optimum-intel[openvino]", "torch==2.13.0"),
+    ("openvino-genai==2026.4.0.0", "openvino==2026.4.0", "optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0"),
+    unwanted=("torchvision",),  # it loads only beside the one build of torch that it was made with
 )  # fmt: skip
 
 

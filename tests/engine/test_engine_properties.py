@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiny import write_tiny_chat
 
 from glm4.checkpoint.folder import ModelFolder
 from glm4.checkpoint.safetensors_reader import Checkpoint
+from glm4.engine import scheduler
 from glm4.engine.engine import Engine
 from glm4.engine.request import Request, RequestOutput
 from glm4.engine.step import StepPlan, StepResult
@@ -105,6 +108,7 @@ def check_blocks(engine: Engine) -> None:
             assert tables[block] == 1, "a block that will be written is shared"
 
 
+@mock.patch.object(scheduler, "_LEAST_SHARE", 1)
 @settings(max_examples=500)
 @given(
     arrivals=arrivals,
@@ -115,6 +119,7 @@ def check_blocks(engine: Engine) -> None:
     prefix_caching=st.booleans(),
     drafts=st.sampled_from([0, 0, 3]),
     fails_at=st.one_of(st.none(), st.none(), st.integers(1, 15)),
+    stages=st.sampled_from([1, 2, 3]),
 )
 def test_the_same_tokens_as_alone_and_no_block_lost(
     world: World,
@@ -126,6 +131,7 @@ def test_the_same_tokens_as_alone_and_no_block_lost(
     prefix_caching: bool,
     drafts: int,
     fails_at: int | None,
+    stages: int,
 ) -> None:
     options = EngineOptions(
         max_batch_tokens=max_tokens,
@@ -135,6 +141,8 @@ def test_the_same_tokens_as_alone_and_no_block_lost(
         seed=1,
     )
     runner = _Runner(world.runner(block_size), 2 * -(-27 // block_size) + spare_blocks, fails_at)
+    if stages > 1:
+        runner = _StagedRunner(runner, stages)
     engine = Engine(runner, world.tokenizer, GREEDY, world.config.eos_token_ids, 46, options)
     if engine.speculator is not None:
         engine.speculator.clock = lambda: 0.0  # drafts cost nothing, so none is held back
@@ -162,6 +170,9 @@ def test_the_same_tokens_as_alone_and_no_block_lost(
         assert sum(not request.is_beam for request in engine.scheduler.running) <= max_requests
     assert not live_requests(engine), "a request starved"
     assert not engine._answers and not engine._searches and not engine.constraints._open
+    assert not engine.scheduler._underway
+    if isinstance(runner, _StagedRunner):
+        assert not runner.underway and not runner.broken
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
     assert not failed or runner.has_failed
     for number, (_, prompt, kind, _, patience) in enumerate(arrivals):
@@ -195,6 +206,27 @@ class _Runner:
         if self.steps == self._fails_at:
             raise RuntimeError("the card fell out")
         return self._runner.execute(plan)
+
+
+class _StagedRunner(_Runner):
+    """Has several steps under way, and computes them when they are asked for: the later, the sooner a wrong order or a
+    block given to two shows."""
+
+    def __init__(self, runner: _Runner, stages: int) -> None:
+        vars(self).update(vars(runner))
+        self.stages, self.underway = stages, list[StepPlan]()
+        self.broken = False
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        self.underway.append(plan)
+        self.broken |= len(self.underway) > self.stages
+        requests = [step.request_id for each in self.underway for step in each.requests]
+        self.broken |= len(requests) > len(set(requests))
+        return lambda: self.finish(plan)
+
+    def finish(self, plan: StepPlan) -> StepResult:
+        self.broken |= self.underway.pop(0) is not plan
+        return self.execute(plan)
 
 
 def _check_answer(world: World, prompt: int, kind: str, output: RequestOutput) -> None:

@@ -428,6 +428,20 @@ def test_bfloat16_weights(isas: list[str], rows: int, inputs: int, tokens: int, 
             assert torch.equal(bf16_linear(x[t : t + 1], weight, bias)[0], out[t])
 
 
+def test_pages_are_dealt_out_to_the_memory_nodes(isas: list[str]) -> None:
+    """Here to the one that there is: the system's list of this process's memory says how."""
+    kernels, tensor = library.need(), huge_page_tensor((4 << 20,), torch.uint8)
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    if not nodes or not kernels.glm4_spread(tensor.data_ptr(), tensor.nbytes):
+        pytest.skip("this system lets nobody choose where memory lies")
+    assert kernels.glm4_memory_nodes() == nodes
+    [line] = [
+        line for line in Path("/proc/self/numa_maps").read_text().splitlines()
+        if line.startswith(f"{tensor.data_ptr():x} ")
+    ]  # fmt: skip
+    assert line.split()[1].startswith("interleave")
+
+
 def test_tensors_on_huge_pages_begin_as_zeros_and_live_as_long_as_their_views(isas: list[str]) -> None:
     tensor = huge_page_tensor((3, 5), torch.bfloat16)
     assert tensor.shape == (3, 5) and tensor.dtype is torch.bfloat16 and not tensor.any()

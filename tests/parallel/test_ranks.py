@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from tiny import TinyCheckpoint, edit_json, write_tiny_chat
 
 from glm4 import LLM, AsyncLLM, SamplingParams
+from glm4.engine.parallel_runner import ParallelRunner
 from glm4.engine.request import RequestOutput
-from glm4.engine.step import StepPlan
+from glm4.engine.step import StepPlan, StepResult
 from glm4.errors import CheckpointError, EngineError, Glm4Error, LostRankError, OptionError
 from glm4.model.modeling_glm4_infer import RowParallel
 from glm4.ops.cpu import library
@@ -181,6 +182,36 @@ def test_speculation_and_prefix_reuse_over_ranks(tiny: TinyCheckpoint, alone: LL
         for _ in range(2):  # the second time prompts are found in the cache
             assert [each.token_ids for each in ask(llm)] == [each.token_ids for each in ask(alone)]
         assert llm.engine.scheduler.stats.hit_tokens > 0
+
+
+@pytest.mark.parametrize("degrees", [{"pipeline_parallel": 2}, {"tensor_parallel": 2, "pipeline_parallel": 2}])
+def test_stages_work_on_steps_of_their_own(
+    tiny: TinyCheckpoint, alone: LLM, degrees: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests than one step takes, sampled ones and aborted ones among them: the words of one process."""
+    prompts = [f"{i} 加五等于几？" * (1 + i % 5) for i in range(40)]
+    sampled = SamplingParams(max_new_tokens=8, do_sample=True, temperature=1.0, seed=3, ignore_eos=True)
+    with over_ranks(tiny.path, max_batch_tokens=128, max_batch_requests=40, **degrees) as llm:
+        engine, most, start = llm.engine, 0, ParallelRunner.start
+
+        def counted(self: ParallelRunner, plan: StepPlan) -> Callable[[], StepResult]:
+            nonlocal most
+            most = max(most, 1 + len(engine._underway))
+            return start(self, plan)
+
+        monkeypatch.setattr(ParallelRunner, "start", counted)
+        for sampling in (FREE, sampled):
+            ours, theirs = (each.generate(prompts, sampling) for each in (llm, alone))
+            assert [each.token_ids for each in ours] == [each.token_ids for each in theirs]
+        ids = [engine.add(llm.tokenizer.encode(prompt), FREE) for prompt in prompts]
+        for _ in range(4):
+            engine.step()
+        engine.abort(*ids)
+        while engine.has_work:
+            assert engine.step() == []
+        assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+        assert ask(llm)[0].token_ids == ask(alone)[0].token_ids
+    assert most == 2
 
 
 def test_an_aborted_stream_leaves_the_ranks_in_step(tiny: TinyCheckpoint, alone: LLM) -> None:

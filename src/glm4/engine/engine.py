@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from glm4.engine.beam_search import BeamSearch, check_beam_params
@@ -17,7 +19,7 @@ from glm4.engine.request import FinishReason, Reading, Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
 from glm4.engine.speculative import Drafter, PromptLookup, Speculator
 from glm4.engine.stats import EngineStats
-from glm4.engine.step import Runner, StepPlan, StepResult, TokenLogprobs
+from glm4.engine.step import Runner, StagedRunner, StepPlan, StepResult, TokenLogprobs
 from glm4.errors import EngineError, Glm4Error, OptionError, PromptError
 from glm4.options import EngineOptions, SamplingParams
 from glm4.text.detokenizer import Detokenizer
@@ -40,6 +42,21 @@ class _Answer:
     hidden_states: list[Any] = field(default_factory=list)
     logits: list[Any] = field(default_factory=list)
     stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that is under way."""
+
+    plan: StepPlan
+    answering: bool
+    """Some request was waiting for its next token, not for its prompt."""
+    started: float
+    finish: Callable[[], StepResult]
+
+
+def _raise(error: Exception) -> StepResult:
+    raise error
 
 
 class Engine:
@@ -76,6 +93,10 @@ class Engine:
         self.stats = EngineStats()
         self.failures: list[Exception] = []
         """Why the last steps failed as a whole, if they did: after a few in a row, the device itself may be broken."""
+        # What is learned of drafts is what single steps cost, one after the other.
+        self._staged = runner if isinstance(runner, StagedRunner) and self.speculator is None else None
+        self._underway: deque[_Step] = deque()
+        self._last_end = 0.0
         self._answers: dict[int, _Answer] = {}
         self._searches: dict[int, BeamSearch] = {}
         """By the ids of the requests that get their answers."""
@@ -85,7 +106,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Some request has not ended yet."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._underway)
 
     def add(
         self,
@@ -167,29 +188,52 @@ class Engine:
         """Compute one step and return the requests that got further or ended.
 
         What goes wrong in a step ends the requests it touched, with the reason in their outputs; the others go on.
+        Where the model is in stages, as many steps as there are stages are kept under way, each with its share of the
+        requests.
         """
-        if self.speculator is not None:
-            running = [request for request in self.scheduler.running if not request.is_beam]
-            self.speculator.prepare(running)
-            self.constraints.cut_drafts(running)
-        answering = any(request.num_pending == 1 for request in self.scheduler.running)
-        plan = self.scheduler.plan(self._pace.chunk if self._pace is not None and answering else None)
-        started = time.perf_counter()
+        stages = 1 if self._staged is None else self._staged.stages
+        while len(self._underway) < stages and self._begin(stages):
+            pass
+        step = self._underway.popleft()
+        plan = step.plan
         try:
-            result = self.runner.execute(replace(plan, grammar_masks=self.constraints.masks(plan)))
+            result = step.finish()
         except Exception as error:
             return self._fail_step(plan, error)
         self.failures.clear()
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds, self._last_end = now - max(step.started, self._last_end), now
         self.stats.count(plan, result, seconds)
-        if self._pace is not None and answering:
-            self._pace.learn(sum(len(step.token_ids) for step in plan.requests if step.catches_up), seconds)
+        if self._pace is not None and step.answering:
+            self._pace.learn(sum(len(each.token_ids) for each in plan.requests if each.catches_up), seconds)
         failed = {id: each.error for id, each in result.results.items() if each.error is not None}
         outputs = self._fail(failed)
         result = StepResult({id: each for id, each in result.results.items() if id not in failed})
         if self.speculator is not None:
             self.speculator.learn(plan, result)
         return outputs + self._take(plan, result)
+
+    def _begin(self, stages: int) -> bool:
+        """Put a step under way; False where there is nothing to do beside those that are."""
+        if self.speculator is not None:
+            running = [request for request in self.scheduler.running if not request.is_beam]
+            self.speculator.prepare(running)
+            self.constraints.cut_drafts(running)
+        answering = any(request.num_pending == 1 for request in self.scheduler.running)
+        plan = self.scheduler.plan(
+            self._pace.chunk if self._pace is not None and answering else None,
+            None if stages == 1 else self.scheduler.share(stages),
+        )
+        if self._underway and not (plan.requests or plan.block_copies or plan.finished_ids):
+            return False
+        started = time.perf_counter()
+        try:
+            masked = replace(plan, grammar_masks=self.constraints.masks(plan))
+            finish = partial(self.runner.execute, masked) if self._staged is None else self._staged.start(masked)
+        except Exception as error:  # told in its turn
+            finish = partial(_raise, error)
+        self._underway.append(_Step(plan, answering, started, finish))
+        return True
 
     def _take(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """What a step gave, to the answers and the searches."""
@@ -233,6 +277,7 @@ class Engine:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestOutput]:
         self.failures.append(error)
+        self.scheduler.give_up(plan)
         reason = str(error)
         if not isinstance(error, Glm4Error):
             reason = (
@@ -251,7 +296,9 @@ class Engine:
         for request_id, reason in reasons.items():
             search = beams.get(request_id)
             for caller_id in [request_id] if search is None else list(search.callers):
-                answer = self._answers[caller_id]
+                answer = self._answers.get(caller_id)
+                if answer is None:  # aborted while the step ran
+                    continue
                 self._end(answer.request, "error")
                 outputs.append(self._report(answer, "", error=reason))
         return outputs

@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -18,6 +19,8 @@ from glm4.interrupts import interrupts_held
 from glm4.options import EngineOptions
 from glm4.parallel.control import Follower, Kind, Leader, LeaderGone
 from glm4.parallel.ranks import Ranks
+
+T = TypeVar("T")
 
 _TENSOR = 1
 _PARENT_SECONDS = 1.0
@@ -61,10 +64,24 @@ class ParallelRunner:
 
         Raises LostRankError.
         """
+        return self.start(plan)()
+
+    @property
+    def stages(self) -> int:
+        """See `StagedRunner.stages`."""
+        return self._ranks.place.degrees.pipeline
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """See `StagedRunner.start`; raises as `execute` does."""
+        result = self._together(lambda: self._begin(plan))
+        return lambda: self._together(lambda: self._sampled() if result is None else result)
+
+    def _together(self, part: Callable[[], T]) -> T:
+        """Do a part of a step; once one has failed, no other is done."""
         if self._lost is not None:
             raise self._lost
         try:
-            return self._execute(plan)
+            return part()
         except Exception as error:
             what = (
                 str(error) if isinstance(error, Glm4Error) else f"{type(error).__name__}: {error}; load the model again"
@@ -73,7 +90,8 @@ class ParallelRunner:
             self._ranks.close()
             raise self._lost from error
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _begin(self, plan: StepPlan) -> StepResult | None:
+        """This rank's share of a step: its result, unless that is another rank's."""
         place = self._ranks.place
         samples_here = place.sampler == place.rank
         # Masks are waited for where tokens are picked: beside the forward here, before it is sent elsewhere.
@@ -82,7 +100,10 @@ class ParallelRunner:
         )
         self._control.tell(Kind.PLAN, _encode(replace(plan, grammar_masks=masks)))
         result = self._runner.execute(plan)
-        return result if samples_here else _decode_result(self._control.hear_from(place.sampler, Kind.RESULT))
+        return result if samples_here else None
+
+    def _sampled(self) -> StepResult:
+        return _decode_result(self._control.hear_from(self._ranks.place.sampler, Kind.RESULT))
 
 
 def follow(runner: Runner, ranks: Ranks) -> None:

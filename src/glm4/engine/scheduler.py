@@ -14,6 +14,9 @@ from glm4.engine.request import FinishReason, Request
 from glm4.engine.step import RequestStep, StepPlan, StepResult
 from glm4.errors import MemoryPlanError
 
+_LEAST_SHARE = 16
+"""A step of so few tokens waits for the weights to be read: two halves of it would take as long each as the whole."""
+
 
 @dataclass(slots=True)
 class SchedulerStats:
@@ -36,6 +39,8 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         """Both in order, the first to be served first."""
+        self._underway: dict[int, Request] = {}
+        """By id, those of steps whose results have not come yet: there is nothing to plan for them until then."""
         self._finished_ids: list[int] = []
         self._block_copies: list[tuple[int, int]] = []
 
@@ -43,6 +48,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """A request is waiting or running."""
         return bool(self.waiting or self.running)
+
+    def share(self, steps: int) -> int:
+        """A fair number of requests for each of as many `steps` under way at once."""
+        fair = -(-min(len(self.waiting) + len(self.running), self.max_batch_requests) // steps)
+        return max(fair, _LEAST_SHARE)
 
     def add(self, request: Request, copies: int = 1) -> None:
         """Queue a request, which may be forked into as many `copies`.
@@ -59,17 +69,21 @@ class Scheduler:
             )
         bisect.insort(self.waiting, request, key=_order)
 
-    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan:
-        """The next step, and the requests' new block tables.
+    def plan(self, max_prompt_tokens: int | None = None, max_requests: int | None = None) -> StepPlan:
+        """The next step, and the requests' new block tables. Those that are in a step under way are left alone.
 
-        max_prompt_tokens: those of requests that have more than one to catch up on, so that the others need not wait.
+        max_prompt_tokens: those of requests that have more than one to catch up on, so that the others need not wait;
+        max_requests: as many at most.
         """
+        most = self.max_batch_requests if max_requests is None else max_requests
         budget = self.max_batch_tokens
         prompt_budget = budget if max_prompt_tokens is None else max_prompt_tokens
         steps: list[RequestStep] = []
         for request in list(self.running):
             # One that is no longer running has lost its blocks to one before it.
-            if budget == 0 or request.is_paused or not request.is_running:
+            if budget == 0 or len(steps) == most or not request.is_running:
+                continue
+            if request.is_paused or request.request_id in self._underway:
                 continue
             is_answering = request.num_pending == 1
             count = min(request.num_pending + len(request.draft_token_ids), budget if is_answering else prompt_budget)
@@ -78,9 +92,14 @@ class Scheduler:
                 budget -= count
                 prompt_budget = min(budget, prompt_budget - count * (not is_answering))
         place = 0
-        while place < len(self.waiting) and prompt_budget > 0 and len(self.running) < self.max_batch_requests:
+        while (
+            place < len(self.waiting)
+            and prompt_budget > 0
+            and len(steps) < most
+            and len(self.running) < self.max_batch_requests
+        ):
             request = self.waiting[place]
-            if request.is_paused or request.waits_for_another:
+            if request.is_paused or request.request_id in self._underway or request.waits_for_another:
                 place += 1
                 continue
             if not self._admit(request):
@@ -92,9 +111,10 @@ class Scheduler:
             request.block_ids += self.pool.take(self._missing_blocks(request, count))
             steps.append(self._step(request, count))
             prompt_budget -= count
-        if not steps and self.running and not all(request.is_paused for request in self.waiting):
+        stuck = not steps and not self._underway and self.running
+        if stuck and not all(request.is_paused for request in self.waiting):
             self._preempt(self.running[-1])  # only paused ones run, and what they wait for has no room beside them
-            return self.plan(max_prompt_tokens)
+            return self.plan(max_prompt_tokens, max_requests)
         finished, self._finished_ids = self._finished_ids, []
         copies, self._block_copies = self._block_copies, []
         return StepPlan(steps, copies, finished)
@@ -157,6 +177,7 @@ class Scheduler:
 
     def _step(self, request: Request, count: int) -> RequestStep:
         start, pending = request.num_computed, request.num_pending
+        self._underway[request.request_id] = request
         first_time, request.known_to_runner = not request.known_to_runner, True
         drafts = request.draft_token_ids[: max(0, count - pending)]
         request.draft_token_ids = []
@@ -184,11 +205,9 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Request]:
         """Take in what `plan` gave: the requests that got a token or have been read, those that ended marked so."""
-        by_id = {request.request_id: request for request in self.running}
         progressed = []
-        for step in plan.requests:
-            request = by_id.get(step.request_id)
-            if request is None:  # aborted while the step ran
+        for step, request in zip(plan.requests, self.give_up(plan), strict=True):
+            if not request.is_running:  # aborted or preempted while the step ran
                 continue
             picked = result.results[step.request_id].token_ids if step.logits_at else []
             rejected = len(step.draft_token_ids) + 1 - len(picked) if picked else 0
@@ -203,6 +222,10 @@ class Scheduler:
                 self._extend(request, picked)
                 progressed.append(request)
         return progressed
+
+    def give_up(self, plan: StepPlan) -> list[Request]:
+        """The requests of a plan that is under way no longer, whatever has become of it."""
+        return [self._underway.pop(step.request_id) for step in plan.requests]
 
     def _extend(self, request: Request, picked: list[int]) -> None:
         for token_id in picked:

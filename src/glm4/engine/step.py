@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from glm4.options import SamplingParams
 
@@ -106,4 +106,20 @@ class Runner(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. What it raises ends all requests of the plan; a result's `error` ends that one alone."""
+        ...
+
+
+@runtime_checkable
+class StagedRunner(Runner, Protocol):
+    """One whose parts each compute a step of their own at the same time."""
+
+    stages: int
+    """Steps that can be under way at once without one waiting for another."""
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin one step; what is returned waits for its result, and is called in the order of the beginnings.
+
+        Steps are computed in that order on every part, so one may use the blocks that another gives up. Either raises
+        as `execute` does.
+        """
         ...

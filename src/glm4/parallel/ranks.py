@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -25,6 +26,8 @@ from glm4.parallel.control import Channel, Follower, Hello, Kind, Leader, PeerGo
 from glm4.parallel.exit_status import exit_in_words
 from glm4.parallel.network import interface_towards
 from glm4.parallel.world import Degrees, Place
+
+T = TypeVar("T")
 
 _START_SECONDS = 300.0
 """How long ranks may take to find each other."""
@@ -172,6 +175,8 @@ class Ranks:
         self.place, self.control = place, control
         self.collectives: Collectives = ALONE
         self._options, self._store, self._address, self._processes = options, store, address, processes
+        self._sending: tuple[Any, torch.Tensor] | None = None
+        """What the next stage has perhaps not taken yet; it must stay in memory until then."""
         self._closed = False
 
     def connect(self, device: torch.device) -> None:
@@ -250,17 +255,21 @@ class Ranks:
     def receive_stage(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The residual stream from the stage before."""
         x = torch.empty(shape, dtype=dtype, device=device)
-        self._transfer(dist.recv, x, self.place.previous)
+        self._transfer(lambda: dist.recv(x, self.place.previous), self.place.previous)
         return x
 
     def send_stage(self, x: torch.Tensor) -> None:
-        """The residual stream to the stage after."""
-        self._transfer(dist.send, x.contiguous(), self.place.next)
+        """The residual stream to the stage after, which need not be ready for it: that is waited for the next time."""
+        if self._sending is not None:
+            work, _ = self._sending
+            self._transfer(work.wait, self.place.next)
+        x = x.contiguous()
+        self._sending = self._transfer(lambda: dist.isend(x, self.place.next), self.place.next), x
 
-    def _transfer(self, transfer: Callable[[torch.Tensor, int], object], x: torch.Tensor, peer: int | None) -> None:
+    def _transfer(self, transfer: Callable[[], T], peer: int | None) -> T:
         assert peer is not None
         try:
-            transfer(x, peer)
+            return transfer()
         except RuntimeError as error:
             self.control.check()  # names the rank that is lost, if it knows
             raise EngineError(self.control.silence([peer])) from error

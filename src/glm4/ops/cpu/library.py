@@ -180,6 +180,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glm4_threads": (_INT, []),
     "glm4_allocate": (_POINTER, [ctypes.c_size_t]),
     "glm4_free": (None, [_POINTER, ctypes.c_size_t]),
+    "glm4_memory_nodes": (_INT, []),
+    "glm4_spread": (_INT, [_POINTER, ctypes.c_size_t]),
     "glm4_map_in": (None, [_POINTER, ctypes.c_size_t]),
     "glm4_weight_sizes": (None, [_WEIGHT, ctypes.POINTER(_I64)]),
     "glm4_pack_rows": (None, [_WEIGHT, _I64, _I64, _POINTER, _POINTER, _POINTER]),

@@ -52,6 +52,8 @@ def huge_page_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     address = library.glm4_allocate(size)
     if address is None:
         raise MemoryError(f"no {size} bytes for a tensor of {list(shape)}")
+    if library.glm4_memory_nodes() > 1:
+        library.glm4_spread(address, size)
     buffer = (ctypes.c_char * size).from_address(address)
     # The tensor's storage keeps `buffer` alive. Not at exit: a thread that still computes would lose its numbers.
     weakref.finalize(buffer, library.glm4_free, address, size).atexit = False
