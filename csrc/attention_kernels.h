@@ -44,20 +44,21 @@ struct Partial {
 
 int64_t attention_partial_floats(int64_t dim) { return (dim + 2) * kRows; }
 
+// The words of a row of numbers, as they are multiplied: `rows` of them side by side, zeros beyond the tile's own.
 template <class Numbers, class Element>
-inline void gather_queries(const Glm4Attention &a, const AttentionTile &tile, const Element *q, int32_t *to) {
-    const int64_t group = a.heads / a.kv_heads;
-    for (int r = 0; r < kRows; ++r) {
+inline void gather_queries(const Glm4Attention &a, const AttentionTile &tile, const Element *q, int rows, int32_t *to) {
+    const int64_t group = a.heads / a.kv_heads, words = a.head_dim / Numbers::kPack;
+    int32_t some[kMostHeadDim] = {};
+    for (int r = 0; r < rows; ++r) {
         const int64_t row = tile.first_row + r, token = tile.first_token + row / group;
         const Element *from = q + token * a.q_stride + (tile.kv_head * group + row % group) * a.head_dim;
-        for (int64_t d = 0; d < a.head_dim; d += kLanes) {
-            int32_t some[kLanes] = {};
-            if (r < tile.rows) store_i(some, float_to_bits(load_element(from + d)));
-            for (int j = 0; j < kLanes; j += Numbers::kPack)
-                to[(d + j) / Numbers::kPack * kRows + r] =
-                    Numbers::kPack == 1 ? some[j]
-                                        : static_cast<int32_t>(static_cast<uint32_t>(some[j]) >> 16) | some[j + 1];
-        }
+        if (r >= tile.rows)
+            memset(some, 0, sizeof some);
+        else if constexpr (Numbers::kPack * sizeof(Element) == sizeof(int32_t))  // they are words as they lie
+            memcpy(some, from, static_cast<size_t>(words) * sizeof(int32_t));
+        else
+            for (int64_t d = 0; d < a.head_dim; d += kLanes) store_i(some + d, float_to_bits(load_element(from + d)));
+        for (int64_t d = 0; d < words; ++d) to[d * kRows + r] = some[d];
     }
 }
 
@@ -99,6 +100,10 @@ inline void gather_keys(const Glm4Attention &a, const AttentionTile &tile, const
     for (int64_t i = 0; i < count; ++i) {
         const Element *from = row_of<Element>(a, tile, a.k_cache, slots.at[i]);
         int64_t d = 0;
+        if constexpr (Numbers::kPack == 2 && sizeof(Element) == sizeof(uint16_t)) {  // words as they lie
+            memcpy(to + i * words, from, static_cast<size_t>(words) * sizeof(int32_t));
+            continue;
+        }
         if constexpr (Numbers::kPack == 2)
             for (; d + 2 * kLanes <= a.head_dim; d += 2 * kLanes)
                 store_i(to + i * words + d / 2, neighbours(load_element(from + d), load_element(from + d + kLanes)));
@@ -221,10 +226,10 @@ inline void attend(const Glm4Attention &a, const AttentionTile &tile, int64_t fi
     Slots slots(a, tile, first, end);
     prefetch_rows<Element>(a, tile, a.k_cache, slots, 0, kChunk);
     prefetch_rows<Element>(a, tile, a.v_cache, slots, 0, kChunk);
-    if (a.dtype == GLM4_BFLOAT16)
-        gather_queries<Numbers>(a, tile, static_cast<const uint16_t *>(a.q), s.queries);
+    if (Numbers::kPack == 2 || a.dtype == GLM4_BFLOAT16)  // pairs are made of nothing else
+        gather_queries<Numbers>(a, tile, static_cast<const uint16_t *>(a.q), Vectors * kLanes, s.queries);
     else
-        gather_queries<Numbers>(a, tile, static_cast<const float *>(a.q), s.queries);
+        gather_queries<Floats>(a, tile, static_cast<const float *>(a.q), Vectors * kLanes, s.queries);
     VecI limits[Vectors];
     VecF largest[Vectors], sums[Vectors];
     int32_t last_seen[kRows];
@@ -283,31 +288,39 @@ void attention_partial(const Glm4Attention &a, const AttentionTile &tile, int64_
     if (a.cache_format == GLM4_CACHE_INT8) attend_to(int8_t());
 }
 
-// The partial results of a tile, in order, into one; then out to its tokens.
+// The partial results of a tile, in order, into one; then out to its tokens. Lanes are rows until the last moment.
 template <class Element>
 inline void merge(const Glm4Attention &a, const AttentionTile &tile, const float *partials, int64_t count,
                   Element *out) {
     const int64_t dim = a.head_dim, floats = attention_partial_floats(dim), group = a.heads / a.kv_heads;
-    for (int r = 0; r < tile.rows; ++r) {
-        const int64_t row = tile.first_row + r;
-        float largest = kUnseen, sum = 0, weights[kMostSplits];
+    for (int first = 0; first < tile.rows; first += kLanes) {
+        const float *largest_of = partials + dim * kRows + first, *sum_of = largest_of + kRows;
+        VecF largest = set_f(kUnseen), sum = zero_f();
+        for (int64_t i = 0; i < count; ++i) largest = max_f(largest, load_f(largest_of + i * floats));
+        float weights[kMostSplits * kLanes];
         for (int64_t i = 0; i < count; ++i) {
-            const float x = partials[i * floats + dim * kRows + r];
-            largest = x > largest ? x : largest;
+            const VecF weight = exp_negative(sub(load_f(largest_of + i * floats), largest));
+            store_f(weights + i * kLanes, weight);
+            sum = add(sum, mul(weight, load_f(sum_of + i * floats)));
         }
-        for (int64_t i = 0; i < count; ++i) {
-            float lanes[kLanes];
-            store_f(lanes, exp_negative(set_f(partials[i * floats + dim * kRows + r] - largest)));
-            weights[i] = lanes[0];
-            sum += lanes[0] * partials[i * floats + (dim + 1) * kRows + r];
-        }
-        Element *to =
-            out + (tile.first_token + row / group) * a.out_stride + (tile.kv_head * group + row % group) * dim;
+        const VecF share = div(set_f(1.0f), sum);
         for (int64_t d = 0; d < dim; d += kLanes) {
-            float some[kLanes] = {};
-            for (int64_t i = 0; i < count; ++i)
-                for (int j = 0; j < kLanes; ++j) some[j] += weights[i] * partials[i * floats + (d + j) * kRows + r];
-            store_element(to + d, mul(load_f(some), set_f(1.0f / sum)));
+            float some[kLanes][kLanes];
+            for (int j = 0; j < kLanes; ++j) {
+                VecF value = zero_f();
+                for (int64_t i = 0; i < count; ++i)
+                    value = add(value, mul(load_f(weights + i * kLanes),
+                                           load_f(partials + i * floats + (d + j) * kRows + first)));
+                store_f(some[j], mul(value, share));
+            }
+            for (int r = 0; r < kLanes && first + r < tile.rows; ++r) {
+                const int64_t row = tile.first_row + first + r;
+                float turned[kLanes];
+                for (int j = 0; j < kLanes; ++j) turned[j] = some[j][r];
+                store_element(out + (tile.first_token + row / group) * a.out_stride +
+                                  (tile.kv_head * group + row % group) * dim + d,
+                              load_f(turned));
+            }
         }
     }
 }

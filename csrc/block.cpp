@@ -1,7 +1,10 @@
 // A decoder block in one call, so that a step of one token does not spend its time between calls.
 #include "glm4_cpu.h"
+#include "linear.h"
 
 namespace {
+
+glm4::Product product(const Glm4Weight *weight, void *out) { return {weight, static_cast<char *>(out), weight->rows}; }
 
 void linear(const Glm4Weight *weight, const void *x, const Glm4Step &step, void *out) {
     glm4_linear(weight, x, step.write.tokens, weight->inputs, static_cast<Glm4Dtype>(step.attention.dtype), nullptr,
@@ -13,9 +16,9 @@ void linear(const Glm4Weight *weight, const void *x, const Glm4Step &step, void 
 extern "C" int glm4_block(const Glm4Block *block, const Glm4Step *step) {
     const int64_t tokens = step->write.tokens, size = block->q->inputs;
     Glm4KvWrite write = step->write;
-    linear(block->q, step->normed, *step, write.q);
-    linear(block->k, step->normed, *step, step->k);
-    linear(block->v, step->normed, *step, step->v);
+    const glm4::Product products[] = {product(block->q, write.q), product(block->k, step->k),
+                                      product(block->v, step->v)};
+    glm4::linear(products, 3, step->normed, tokens, size, static_cast<Glm4Dtype>(step->attention.dtype), nullptr);
     write.k_cache = block->k_cache, write.v_cache = block->v_cache;
     write.k_scales = block->k_scales, write.v_scales = block->v_scales;
     if (glm4_rotate_and_store(&write)) return 1;

@@ -1,7 +1,9 @@
 // Linear layers: activations are rounded once, then panels of rows are handed to threads.
 #include <algorithm>
+#include <vector>
 
 #include "kernels.h"
+#include "linear.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -10,6 +12,7 @@ namespace {
 
 // Tokens handled at a time: their activations stay in the second and third cache while the weights pass by.
 constexpr int64_t kTokenBlock = 480;
+constexpr int64_t kChunksAThread = 8;
 
 thread_local Scratch scratch;
 
@@ -40,43 +43,70 @@ class Tiles {
 
 size_t element_size(Glm4Dtype dtype) { return dtype == GLM4_BFLOAT16 ? 2 : 4; }
 
-void linear_block(const Glm4Weight &w, const char *x, int64_t tokens, size_t x_stride, Glm4Dtype dtype,
-                  const float *largest, char *out, int64_t out_stride) {
+// Products of the same activations, rounded once: the weights are alike but for their rows.
+void linear_block(const Product *products, int count, const char *x, int64_t tokens, size_t x_stride, Glm4Dtype dtype,
+                  const float *largest) {
     const Kernels &k = kernels();
-    const Tiles tiles(w, tokens);
+    const Glm4Weight &alike = *products[0].weight;
+    const Tiles tiles(alike, tokens);
     parallel_for(tiles.count(), [&](int64_t i) {
         const ActivationTile tile = tiles.tile(i);
         for (int t = 0; t < tile.tokens; ++t) {
             const int64_t at = tiles.first(i) + t;
-            k.quantize_token(w, x + static_cast<size_t>(at) * x_stride, dtype, largest ? largest[at] : 0.0f, tile, t);
+            k.quantize_token(alike, x + static_cast<size_t>(at) * x_stride, dtype, largest ? largest[at] : 0.0f, tile,
+                             t);
         }
     });
+    int64_t panels = 0;
+    for (int i = 0; i < count; ++i) panels += panel_count(*products[i].weight);
     // Neighbouring panels go to one thread, so that it reads one stream, in enough pieces that a slow core holds up
     // little.
-    const int64_t panels = panel_count(w), chunk = std::max<int64_t>(1, panels / (threads() * 8));
+    const int64_t chunk = std::max<int64_t>(1, panels / (threads() * kChunksAThread));
     parallel_for(ceil_div(panels, chunk), [&](int64_t i) {
-        for (int64_t panel = i * chunk; panel < std::min(panels, (i + 1) * chunk); ++panel)
+        const Product *product = products;
+        int64_t before = 0;  // panels of the products before this one
+        for (int64_t at = i * chunk; at < std::min(panels, (i + 1) * chunk); ++at) {
+            while (at - before >= panel_count(*product->weight)) before += panel_count(*product++->weight);
+            const int64_t panel = at - before;
             for (int64_t j = 0; j < tiles.count(); ++j) {
-                const int64_t at = tiles.first(j) * out_stride + panel * kPanelRows;
-                k.linear_tile(w, panel, tiles.tile(j), dtype, out + static_cast<size_t>(at) * element_size(dtype),
-                              out_stride);
+                const int64_t first = tiles.first(j) * product->out_stride + panel * kPanelRows;
+                k.linear_tile(*product->weight, panel, tiles.tile(j), dtype,
+                              product->out + static_cast<size_t>(first) * element_size(dtype), product->out_stride);
             }
+        }
     });
 }
 
+bool alike(const Glm4Weight &a, const Glm4Weight &b) {
+    return a.inputs == b.inputs && a.bits == b.bits && a.group_size == b.group_size && !a.zeros == !b.zeros;
+}
+
 }  // namespace
+
+void linear(const Product *products, int count, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
+            const float *largest) {
+    for (int i = 1; i < count; ++i)
+        if (!alike(*products[0].weight, *products[i].weight)) {
+            for (int each = 0; each < count; ++each) linear(products + each, 1, x, tokens, x_stride, dtype, largest);
+            return;
+        }
+    const size_t size = element_size(dtype), x_bytes = static_cast<size_t>(x_stride) * size;
+    std::vector<Product> block(products, products + count);
+    for (int64_t first = 0; first < tokens; first += kTokenBlock) {
+        linear_block(block.data(), count, static_cast<const char *>(x) + static_cast<size_t>(first) * x_bytes,
+                     std::min(kTokenBlock, tokens - first), x_bytes, dtype, largest ? largest + first : nullptr);
+        for (Product &product : block) product.out += static_cast<size_t>(kTokenBlock * product.out_stride) * size;
+    }
+}
+
 }  // namespace glm4
 
 extern "C" {
 
 void glm4_linear(const Glm4Weight *weight, const void *x, int64_t tokens, int64_t x_stride, Glm4Dtype dtype,
                  const float *largest, void *out, int64_t out_stride) {
-    const size_t size = glm4::element_size(dtype), x_bytes = static_cast<size_t>(x_stride) * size;
-    for (int64_t first = 0; first < tokens; first += glm4::kTokenBlock)
-        glm4::linear_block(*weight, static_cast<const char *>(x) + static_cast<size_t>(first) * x_bytes,
-                           std::min(glm4::kTokenBlock, tokens - first), x_bytes, dtype,
-                           largest ? largest + first : nullptr,
-                           static_cast<char *>(out) + static_cast<size_t>(first * out_stride) * size, out_stride);
+    const glm4::Product product = {weight, static_cast<char *>(out), out_stride};
+    glm4::linear(&product, 1, x, tokens, x_stride, dtype, largest);
 }
 
 void glm4_linear_bf16(const uint16_t *weight, int64_t rows, int64_t inputs, int64_t weight_stride, const float *bias,
