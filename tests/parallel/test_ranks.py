@@ -29,10 +29,9 @@ from glm4.model.modeling_glm4_infer import RowParallel
 from glm4.ops.cpu import library
 from glm4.ops.cpu.linear import make_quantized_linear
 from glm4.options import EngineOptions
-from glm4.parallel import ranks
+from glm4.parallel import followers
 from glm4.parallel.control import Kind, Leader
 from glm4.parallel.ranks import Ranks
-from glm4.parallel.world import Place
 from glm4.quantization.layout import Cut, chosen_layout
 from glm4.quantization.quantize import quantize
 from glm4.quantization.slices import quantized_part
@@ -288,12 +287,12 @@ def test_a_rank_with_another_folder_is_refused(
 ) -> None:
     other = write_tiny_chat(tmp_path, **SHAPE).path
     edit_json(other / "config.json", rms_norm_eps=0.01)
-    start = ranks._start_follower
+    start = followers._start_follower
 
-    def start_elsewhere(place: Place, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
-        return start(place, rank, replace(options, model=str(other)), port)
+    def start_elsewhere(size: int, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
+        return start(size, rank, replace(options, model=str(other)), port)
 
-    monkeypatch.setattr(ranks, "_start_follower", start_elsewhere)
+    monkeypatch.setattr(followers, "_start_follower", start_elsewhere)
     with pytest.raises(CheckpointError, match="rank 1 has another model than rank 0"):
         LLM(tiny.path, tensor_parallel=2, threads=1)
     assert follower_pids() == []
@@ -305,10 +304,10 @@ def test_an_error_on_another_rank_is_the_leaders(
     broken = write_tiny_chat(tmp_path, **SHAPE).path
     weights = sorted(broken.glob("*.safetensors"))[-1]
     os.truncate(weights, weights.stat().st_size - 100)
-    start = ranks._start_follower
+    start = followers._start_follower
     monkeypatch.setattr(
-        ranks, "_start_follower",
-        lambda place, rank, options, port: start(place, rank, replace(options, model=str(broken)), port),
+        followers, "_start_follower",
+        lambda size, rank, options, port: start(size, rank, replace(options, model=str(broken)), port),
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"rank 1 .*safetensors"):
         LLM(tiny.path, tensor_parallel=2, threads=1)
@@ -320,14 +319,14 @@ def test_a_rank_that_is_killed_while_it_starts_or_loads(
     tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """Wherever it is by then: before it says hello, meeting the others, loading, or ready."""
-    start = ranks._start_follower
+    start = followers._start_follower
 
     def start_and_kill(*said: Any) -> subprocess.Popen[bytes]:
         process = start(*said)
         threading.Timer(seconds, process.kill).start()
         return process
 
-    monkeypatch.setattr(ranks, "_start_follower", start_and_kill)
+    monkeypatch.setattr(followers, "_start_follower", start_and_kill)
     with pytest.raises(Glm4Error, match="rank 1"):
         llm = LLM(tiny.path, tensor_parallel=2, threads=1, rank_timeout=5.0)
         while True:
@@ -380,15 +379,15 @@ def test_the_ranks_of_a_leader_that_is_killed_while_they_start_leave(tiny: TinyC
 def test_a_rank_that_is_killed_while_the_others_wait_for_it_inside_torch(tiny: TinyCheckpoint) -> None:
     """It is named, where torch itself would say after rank_timeout that nobody came."""
     script = (
-        "import os, signal, sys; from glm4 import LLM; from glm4.parallel import ranks\n"
-        "start, open_group, started = ranks._start_follower, ranks.dist.init_process_group, []\n"
+        "import os, signal, sys; from glm4 import LLM; from glm4.parallel import followers, ranks\n"
+        "start, open_group, started = followers._start_follower, ranks.dist.init_process_group, []\n"
         "def remember(*said):\n"
         "    started.append(start(*said))\n"
         "    return started[0]\n"
         "def kill_and_open(*said, **more):\n"
         "    started[0].kill()\n"
         "    open_group(*said, **more)\n"
-        "ranks._start_follower, ranks.dist.init_process_group = remember, kill_and_open\n"
+        "followers._start_follower, ranks.dist.init_process_group = remember, kill_and_open\n"
         "LLM(sys.argv[1], pipeline_parallel=2, threads=1, rank_timeout=20.0)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tiny.path)], capture_output=True, text=True, timeout=60)

@@ -32,6 +32,7 @@ from glm4.model.utils import shapes_of
 from glm4.ops.cpu import library
 from glm4.options import GREEDY, EngineOptions, SamplingParams
 from glm4.parallel.collectives import ALONE
+from glm4.parallel.followers import Followers
 from glm4.parallel.ranks import Ranks, join_ranks
 from glm4.plan import MemoryPlan, gib, memory_limit
 from glm4.quantization.weights import Weights
@@ -60,15 +61,16 @@ def build_engine(
     tokenizer: Tokenizer,
     said: SamplingParams,
     on_load: OnLoad,
+    followers: Followers | None,
 ) -> Built:
-    """Load the model of `folder`; `said`: the sampling that it advises; on_load(tensors done, tensors in all).
+    """Load the model of `folder`; `said`: the sampling that it advises; on_load(tensors done, tensors in all);
+    `followers`: its other ranks, where this process has started them.
 
     A rank that only follows serves until its leader hangs up, and leaves with SystemExit.
     Raises a Glm4Error that names what is wrong with the options, the folder, the device, the memory or another rank.
     """
-    Shard(0, options.tensor_parallel, 0, options.pipeline_parallel).check(config)
     mindspore = _open_mindspore(options) if options.backend == "mindspore" else None
-    ranks = join_ranks(options)
+    ranks = join_ranks(options, followers)
     try:
         parts = _Parts(options, folder, config, tokenizer, ranks, mindspore)
         num_blocks = parts.num_blocks

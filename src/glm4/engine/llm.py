@@ -11,21 +11,25 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from typing_extensions import TypeIs
 
 from glm4.checkpoint.folder import ModelFolder
-from glm4.engine.build import build_engine
 from glm4.engine.progress import answer_progress
 from glm4.engine.request import Reading, RequestOutput
 from glm4.engine.stats import EngineStats
 from glm4.errors import EngineError, OptionError, PromptError
+from glm4.interrupts import interrupts_held
 from glm4.model.configuration_glm4 import Glm4Config, folder_sampling
+from glm4.model.sharding import Shard
 from glm4.options import EngineOptions, SamplingParams, options_from
+from glm4.parallel.followers import start_followers
 from glm4.text.chat import ChatTemplate
 from glm4.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("glm4")
 
@@ -61,11 +65,21 @@ class LLM:
         self.options = options = replace(options, **_checked(overrides))
         folder = ModelFolder.open(options.model)
         self.config = Glm4Config.from_dict(folder.read_json("config.json"), str(folder.path / "config.json"))
-        self.tokenizer = Tokenizer.from_folder(folder.path)
-        self._template = ChatTemplate.from_folder(folder.path)
-        generation = folder.read_json("generation_config.json", required=False) or {}
-        said = folder_sampling(generation, self.thinks)
-        self._built = built = build_engine(options, folder, self.config, self.tokenizer, said, on_load)
+        Shard(0, options.tensor_parallel, 0, options.pipeline_parallel).check(self.config)
+        followers = start_followers(options)
+        try:
+            with interrupts_held():
+                from glm4.engine.build import build_engine  # loads torch, as the other ranks do meanwhile
+            self.tokenizer = Tokenizer.from_folder(folder.path)
+            self._template = ChatTemplate.from_folder(folder.path)
+            generation = folder.read_json("generation_config.json", required=False) or {}
+            said = folder_sampling(generation, self.thinks)
+            built = build_engine(options, folder, self.config, self.tokenizer, said, on_load, followers)
+        except BaseException:
+            if followers is not None:
+                followers.kill()
+            raise
+        self._built = built
         self.engine, self.plan, self.model = built.engine, built.plan, built.model
         self.last_stats = EngineStats()
         self._lock = threading.RLock()
@@ -185,6 +199,8 @@ class LLM:
 
     def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[torch.Tensor]:
         """For each prompt its tokens' last hidden states (after the final norm), [tokens, hidden_size]."""
+        import torch
+
         several = self._several(prompts)
         return [torch.cat(output.hidden_states) for output in self._read(several, [Reading("all")] * len(several))]
 
@@ -194,6 +210,8 @@ class LLM:
         A negative position counts from the end; None: after each token. Raises PromptError for a position that a prompt
         does not have.
         """
+        import torch
+
         several = self._several(prompts)
         wanted = [_positions(len(ids), positions) for ids in several]
         readings = [Reading(logits_at=tuple(sorted(set(each)))) for each in wanted]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from glm4.options import EngineOptions
 from glm4.parallel.collectives import ALONE, Collectives, make_collectives
 from glm4.parallel.control import Channel, Follower, Hello, Kind, Leader, PeerGone, Ready
 from glm4.parallel.exit_status import exit_in_words
+from glm4.parallel.followers import LOOPBACK, Followers
 from glm4.parallel.network import interface_towards
 from glm4.parallel.world import Degrees, Place
 
@@ -38,11 +38,10 @@ _SLICE = 0.1
 """Seconds of waiting between two looks at whether the others are still there."""
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 """By kind of device."""
-_LOOPBACK = "127.0.0.1"
 
 
-def join_ranks(options: EngineOptions) -> Ranks | None:
-    """Meet the other ranks of `options`; start them first, unless a launcher did (RANK is set). None: there are none.
+def join_ranks(options: EngineOptions, followers: Followers | None) -> Ranks | None:
+    """Meet the other ranks of `options`: `followers`, unless a launcher started them (RANK is set). None: alone.
 
     Raises OptionError where the degrees do not go with the processes that there are, and EngineError when a rank does
     not come.
@@ -62,11 +61,11 @@ def join_ranks(options: EngineOptions) -> Ranks | None:
         return None
     if dist.is_initialized():
         raise EngineError("this process has a model over several ranks already: close it first, or start a new process")
-    return _meet_launched(place, options) if launched else _start_and_meet(place, options)
+    return _meet_launched(place, options) if followers is None else _meet_followers(place, options, followers)
 
 
 def _meet_launched(place: Place, options: EngineOptions) -> Ranks:
-    address = os.environ.get("MASTER_ADDR", _LOOPBACK)
+    address = os.environ.get("MASTER_ADDR", LOOPBACK)
     store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=_seconds(_START_SECONDS)))
     if not place.is_leader:
         return Ranks(place, options, _greet(place, options, store), store, address)
@@ -75,40 +74,15 @@ def _meet_launched(place: Place, options: EngineOptions) -> Ranks:
         return Ranks(place, options, _welcome(place, options, listener, []), store, address)
 
 
-def _start_and_meet(place: Place, options: EngineOptions) -> Ranks:
-    store = TCPStore(_LOOPBACK, 0, None, is_master=True, wait_for_workers=False)
-    with socket.create_server((_LOOPBACK, 0)) as listener:
+def _meet_followers(place: Place, options: EngineOptions, followers: Followers) -> Ranks:
+    store = TCPStore(
+        LOOPBACK, followers.store.getsockname()[1], None, is_master=True, wait_for_workers=False,
+        master_listen_fd=followers.store.detach(),
+    )  # fmt: skip
+    with followers.listener as listener:
         store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
-        processes = [_start_follower(place, rank, options, store.port) for rank in place.replica_ranks[1:]]
-        try:
-            return Ranks(place, options, _welcome(place, options, listener, processes), store, _LOOPBACK, processes)
-        except BaseException:
-            for process in processes:
-                process.kill()
-                process.wait()
-            raise
-
-
-def _start_follower(place: Place, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
-    """A rank on this machine. It takes its options from standard input, and is in a session of its own, so that
-    Ctrl-C reaches only the leader."""
-    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.parallel_runner import main; main({os.getpid()})"
-    said = {
-        "RANK": rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": place.local_size,
-        "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
-    }  # fmt: skip
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", boot],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {name: str(value) for name, value in said.items()},
-        )  # fmt: skip
-    except OSError as error:
-        raise EngineError(f"rank {rank} cannot be started: {error.strerror}; free some memory") from error
-    assert process.stdin is not None
-    with process.stdin as stdin:
-        stdin.write(msgspec.msgpack.encode(options))
-    return process
+        processes = followers.processes
+        return Ranks(place, options, _welcome(place, options, listener, processes), store, LOOPBACK, processes)
 
 
 def _welcome(
