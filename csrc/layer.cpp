@@ -25,7 +25,8 @@ void glm4_norm(const Glm4Norm *norm) { glm4::for_tokens(*norm, glm4::kernels().n
 void glm4_swiglu(const Glm4Swiglu *swiglu) { glm4::for_tokens(*swiglu, glm4::kernels().swiglu_token); }
 
 void glm4_argmax(const Glm4Argmax *argmax) {
-    glm4::parallel_for(argmax->rows, [&](int64_t row) { argmax->picked[row] = glm4::kernels().argmax_row(*argmax, row); });
+    const auto &argmax_row = glm4::kernels().argmax_row;
+    glm4::parallel_for(argmax->rows, [&](int64_t row) { argmax->picked[row] = argmax_row(*argmax, row); });
 }
 
 int glm4_rotate_and_store(const Glm4KvWrite *write) {
