@@ -80,7 +80,7 @@ def follower_pids(leader: int | None = None) -> list[int]:
             line = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"PPid:\t{leader or os.getpid()}\n" in text and b"parallel_runner" in line and "State:\tZ" not in text:
+        if f"PPid:\t{leader or os.getpid()}\n" in text and b"follower_process" in line and "State:\tZ" not in text:
             found.append(int(status.parent.name))
     return found
 

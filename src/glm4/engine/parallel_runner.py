@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,16 +11,12 @@ import torch
 
 from glm4.engine.step import Runner, StepPlan, StepResult
 from glm4.errors import EngineError, Glm4Error, LostRankError
-from glm4.interrupts import interrupts_held
-from glm4.options import EngineOptions
 from glm4.parallel.control import Follower, Kind, Leader, LeaderGone
 from glm4.parallel.ranks import Ranks
 
 T = TypeVar("T")
 
 _TENSOR = 1
-_PARENT_SECONDS = 1.0
-"""Between two looks at whether the leader is still there."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -125,23 +117,3 @@ def follow(runner: Runner, ranks: Ranks) -> None:
         raise known from error
     finally:
         ranks.close()
-
-
-def _end_with(leader: int) -> None:
-    """End this process when its parent has ended, even where it waits for it inside torch."""
-    while os.getppid() == leader:
-        time.sleep(_PARENT_SECONDS)
-    os._exit(EngineError.exit_code)
-
-
-def main(leader: int) -> None:
-    """A rank that process `leader` of this machine started: its options come on standard input."""
-    threading.Thread(target=_end_with, args=[leader], name="glm4 leader's end", daemon=True).start()
-    options = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineOptions)
-    with interrupts_held():
-        from glm4.engine.llm import LLM
-    try:
-        LLM(options)  # serves, and leaves with SystemExit
-    except Glm4Error as error:
-        print(f"ERROR rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -55,7 +55,7 @@ def start_followers(options: EngineOptions) -> Followers | None:
 def _start_follower(size: int, rank: int, options: EngineOptions, port: int) -> subprocess.Popen[bytes]:
     """One of `size` ranks. It takes its options from standard input, and is in a session of its own, so that Ctrl-C
     reaches only the leader."""
-    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.parallel_runner import main; main({os.getpid()})"
+    boot = f"import sys; sys.path[:] = {sys.path!r}; from glm4.engine.follower_process import main; main({os.getpid()})"
     said = {
         "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
