@@ -136,7 +136,8 @@ def run(folder: ModelFolder, config: Glm4Config, work: Path, args: argparse.Name
     share = median(size / step / plain for step, plain in zip(seconds[1:], ceilings[1:], strict=True))
     print(
         f"{weights:.1f} GB of bfloat16 fed in {loaded:.0f} s; prefill of 64 tokens {seconds[0]:.2f} s; "
-        f"{median(seconds[1:]):.3f} s a token, {read / 1e9:.1f} GB/s, {share:.0%} of a plain read ({ceiling / 1e9:.1f}); {peaks}"
+        f"{median(seconds[1:]):.3f} s a token, {read / 1e9:.1f} GB/s, {share:.0%} of a plain read "
+        f"({ceiling / 1e9:.1f}); {peaks}"
     )
     return {
         "bf16_bytes": weights * 1e9,
