@@ -13,6 +13,7 @@ from tiny import write_tiny_chat
 
 from glm4 import LLM, SamplingParams
 from glm4.engine.async_llm import AsyncLLM
+from glm4.engine.request import Reading
 from glm4.errors import EngineError, PromptError
 
 PROMPTS = [random.Random(i).choices(range(256), k=length) for i, length in enumerate([1, 7, 40, 41, 100])]
@@ -87,3 +88,29 @@ def test_the_engines_own_process_reads_too(folder: Path) -> None:
             return found
 
     assert torch.allclose(torch.tensor(asyncio.run(embed())), torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_what_was_read_before_a_preemption_counts_once(
+    folder: Path, theirs: list[tuple[torch.Tensor, torch.Tensor]], steps: int
+) -> None:
+    """Chunks of 8 of 40 tokens; the request gives up its blocks after some of them, and begins again."""
+    llm = LLM(folder, max_batch_tokens=8)
+    engine, (hidden, logits) = llm.engine, theirs[2]
+    readings = [Reading("all"), Reading(logits_at=(0, 39)), None]
+    sampling = SamplingParams(max_new_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    outputs = []
+    for reading in readings:
+        engine.add(PROMPTS[2], sampling if reading is None else None, reading=reading)
+        for _ in range(steps):
+            outputs += engine.step()
+        for request in list(engine.scheduler.running):
+            engine.scheduler._preempt(request)
+        while engine.has_work:
+            outputs += engine.step()
+    read, at, continued = [output for output in outputs if output.finish_reason is not None]
+    assert close(torch.cat(read.hidden_states), hidden)
+    assert close(torch.cat(at.logits), logits[[0, 39]])
+    possible = logits.index_fill(1, torch.tensor(llm.tokenizer.unknown_ids(logits.shape[1])), -torch.inf)
+    expected = possible.log_softmax(-1)[range(39), PROMPTS[2][1:]]
+    assert close(torch.tensor([entry.logprob for entry in continued.prompt_logprobs]), expected)

@@ -19,7 +19,15 @@ from glm4.engine.request import FinishReason, Reading, Request, RequestOutput
 from glm4.engine.scheduler import Scheduler
 from glm4.engine.speculative import Drafter, PromptLookup, Speculator
 from glm4.engine.stats import EngineStats
-from glm4.engine.step import Runner, StagedRunner, StepPlan, StepResult, TokenLogprobs
+from glm4.engine.step import (
+    RequestResult,
+    RequestStep,
+    Runner,
+    StagedRunner,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from glm4.errors import EngineError, Glm4Error, OptionError, PromptError
 from glm4.options import EngineOptions, SamplingParams
 from glm4.text.detokenizer import Detokenizer
@@ -42,6 +50,15 @@ class _Answer:
     hidden_states: list[Any] = field(default_factory=list)
     logits: list[Any] = field(default_factory=list)
     stop_reason: str | int | None = None
+
+    def take(self, step: RequestStep, given: RequestResult) -> None:
+        """Keep what was read of the prompt; after a preemption it is read again from its beginning."""
+        if step.prompt_targets:
+            self.prompt_logprobs[step.start :] = given.prompt_logprobs
+        if step.start == 0:
+            self.hidden_states, self.logits = [], []
+        self.hidden_states += [given.hidden_states] if given.hidden_states is not None else []
+        self.logits += [given.logits] if given.logits is not None else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +254,10 @@ class Engine:
 
     def _take(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """What a step gave, to the answers and the searches."""
-        for request_id, given in result.results.items():
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                answer.prompt_logprobs += given.prompt_logprobs
-                answer.hidden_states += [given.hidden_states] if given.hidden_states is not None else []
-                answer.logits += [given.logits] if given.logits is not None else []
+        for step in plan.requests:
+            answer, given = self._answers.get(step.request_id), result.results.get(step.request_id)
+            if answer is not None and given is not None:
+                answer.take(step, given)
         outputs = []
         beams = self._searches_by_beam()
         for request in self.scheduler.update(plan, result):
