@@ -40,15 +40,16 @@ async def last(llm: RayReplicas, prompt: Any, sampling: SamplingParams = GREEDY,
 
 
 def engine_pids() -> set[int]:
-    """Processes that compute for a replica."""
+    """Processes that compute for a replica: children of an actor of Ray."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                is_engine = b"glm4.engine.worker" in (entry / "cmdline").read_bytes()
-            except OSError:  # it is gone
-                continue
-            found |= {int(entry.name)} if is_engine else set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            is_engine = b"glm4.engine.worker" in (entry / "cmdline").read_bytes()
+            is_replicas = b"ray::" in Path("/proc", parent, "cmdline").read_bytes()
+        except OSError:  # it is gone
+            continue
+        found |= {int(entry.name)} if is_engine and is_replicas else set()
     return found
 
 
@@ -57,7 +58,6 @@ def test_two_replicas_one_of_which_dies(ray_cluster: str) -> None:
     words = [offline.chat(ask(text), GREEDY)[0].token_ids for text in PROMPTS]
 
     async def test() -> None:
-        others = engine_pids()
         async with RayReplicas(OPTIONS, Scale(2, 2)) as llm:
             answers = await asyncio.gather(*(last(llm, ask(text)) for text in PROMPTS * 2))
             assert [answer.token_ids for answer in answers] == words * 2
@@ -70,7 +70,7 @@ def test_two_replicas_one_of_which_dies(ray_cluster: str) -> None:
             await comes_back(llm)
             await choices_aborts_and_errors(llm)
             await over_http(llm, words)
-            await one_dies(llm, words, engine_pids() - others)
+            await one_dies(llm, words, engine_pids())
         assert llm.health == "dead"
         with pytest.raises(EngineError, match="shut down"):
             await last(llm, "Hi")
