@@ -314,6 +314,18 @@ def test_an_error_on_another_rank_is_the_leaders(
     assert follower_pids() == []
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors.index.json", "model-00001-of-00005.safetensors"])
+def test_what_all_ranks_meet_is_said_once(tmp_path: Path, file: str) -> None:
+    tiny = write_tiny_chat(tmp_path, **SHAPE)
+    broken = tiny.path / file
+    broken.write_bytes(broken.read_bytes()[:100])
+    command = [sys.executable, "-m", "glm4", "generate", "Hi", "-m", str(tiny.path), "--tensor-parallel", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 3
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and file in line
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.8, 1.6, 2.4])
 def test_a_rank_that_is_killed_while_it_starts_or_loads(
     tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, seconds: float

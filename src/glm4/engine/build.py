@@ -83,7 +83,7 @@ def build_engine(
         if ranks is not None:
             if isinstance(error, Glm4Error):
                 ranks.fail(error)
-            ranks.close()
+            ranks.close(at_once=True)
         raise
     driven: Runner = runner
     if ranks is not None:

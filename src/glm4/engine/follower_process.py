@@ -15,6 +15,8 @@ from glm4.options import EngineOptions
 
 _PARENT_SECONDS = 1.0
 """Between two looks at whether the leader is still there."""
+_LEADER_FIRST_SECONDS = 1.0
+"""For the leader to end this process over an error that it has met, too, or been told: it is said once."""
 
 
 def _end_with(leader: int) -> None:
@@ -31,5 +33,6 @@ def main(leader: int) -> None:
     try:
         LLM(options)  # serves, and leaves with SystemExit
     except Glm4Error as error:
+        time.sleep(_LEADER_FIRST_SECONDS)
         print(f"ERROR rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

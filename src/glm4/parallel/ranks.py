@@ -253,8 +253,11 @@ class Ranks:
         if isinstance(self.control, Follower):
             self.control.fail(error)
 
-    def close(self) -> None:
-        """End the followers, and give back what the ranks held together; calling it again does nothing."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End the followers, and give back what the ranks held together; calling it again does nothing.
+
+        at_once: without a last word from those that this process has started.
+        """
         if self._closed:
             return
         self._closed = True
@@ -262,7 +265,7 @@ class Ranks:
         self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        end = time.monotonic() + _EXIT_SECONDS
+        end = time.monotonic() + (0.0 if at_once else _EXIT_SECONDS)
         for process in self._processes:
             try:
                 process.wait(max(0.0, end - time.monotonic()))
