@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import socket
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,7 +63,11 @@ def main(file_descriptor: int) -> None:
             connection.send(LoadFailed(Failure.of(error)))
             return
         connection.send(Ready(llm.max_model_len, llm.sampling_defaults))
-        Worker(llm.engine, connection).run()
+        try:
+            Worker(llm.engine, connection).run()
+        except LostRankError as error:  # it says all: a stack behind it would hide it
+            log.error("%s", error)
+            sys.exit(error.exit_code)
 
 
 class CallerGone(Exception):
