@@ -29,7 +29,7 @@ from glm4.model.modeling_glm4_infer import RowParallel
 from glm4.ops.cpu import library
 from glm4.ops.cpu.linear import make_quantized_linear
 from glm4.options import EngineOptions
-from glm4.parallel import followers
+from glm4.parallel import followers, ranks
 from glm4.parallel.control import Kind, Leader
 from glm4.parallel.ranks import Ranks
 from glm4.quantization.layout import Cut, chosen_layout
@@ -346,6 +346,21 @@ def test_a_rank_that_is_killed_while_it_starts_or_loads(
     deadline = time.monotonic() + 10
     while follower_pids() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert follower_pids() == []
+
+
+def test_a_rank_that_is_stopped_while_it_starts(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = followers._start_follower
+
+    def start_and_stop(*said: Any) -> subprocess.Popen[bytes]:
+        process = start(*said)
+        process.send_signal(signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr(followers, "_start_follower", start_and_stop)
+    monkeypatch.setattr(ranks, "_OWN_START_SECONDS", 2.0)
+    with pytest.raises(EngineError, match="rank 1 has not come within 2 s"):
+        LLM(tiny.path, tensor_parallel=2, threads=1, rank_timeout=1.0)
     assert follower_pids() == []
 
 

@@ -30,7 +30,9 @@ from glm4.parallel.world import Degrees, Place
 T = TypeVar("T")
 
 _START_SECONDS = 300.0
-"""How long ranks may take to find each other."""
+"""How long ranks may take to find each other, …"""
+_OWN_START_SECONDS = 60.0
+"""… and those that this process has started itself, unless rank_timeout is longer."""
 _HELLO_SECONDS = 5.0
 _EXIT_SECONDS = 2.0
 """How long followers may take to leave: they hold nothing that a kill would lose."""
@@ -71,7 +73,7 @@ def _meet_launched(place: Place, options: EngineOptions) -> Ranks:
         return Ranks(place, options, _greet(place, options, store), store, address)
     with socket.create_server((_own_address(address), 0)) as listener:
         store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
-        return Ranks(place, options, _welcome(place, options, listener, []), store, address)
+        return Ranks(place, options, _welcome(place, options, listener, [], _START_SECONDS), store, address)
 
 
 def _meet_followers(place: Place, options: EngineOptions, followers: Followers) -> Ranks:
@@ -81,17 +83,22 @@ def _meet_followers(place: Place, options: EngineOptions, followers: Followers) 
     )  # fmt: skip
     with followers.listener as listener:
         store.set(_key(place), "{}:{}".format(*listener.getsockname()[:2]))
-        processes = followers.processes
-        return Ranks(place, options, _welcome(place, options, listener, processes), store, LOOPBACK, processes)
+        processes, seconds = followers.processes, max(_OWN_START_SECONDS, options.rank_timeout)
+        leader = _welcome(place, options, listener, processes, seconds)
+        return Ranks(place, options, leader, store, LOOPBACK, processes)
 
 
 def _welcome(
-    place: Place, options: EngineOptions, listener: socket.socket, processes: list[subprocess.Popen[bytes]]
+    place: Place,
+    options: EngineOptions,
+    listener: socket.socket,
+    processes: list[subprocess.Popen[bytes]],
+    seconds: float,
 ) -> Leader:
-    """The leader's end, once every follower has said who it is."""
+    """The leader's end, once every follower has said who it is, for which they have so many `seconds`."""
     channels: dict[int, Channel] = {}
     names: dict[int, Hello] = {}
-    end = time.monotonic() + _START_SECONDS
+    end = time.monotonic() + seconds
     listener.settimeout(0.1)
     while missing := [rank for rank in place.replica_ranks[1:] if rank not in names]:
         for process, rank in zip(processes, place.replica_ranks[1:], strict=False):
@@ -99,9 +106,7 @@ def _welcome(
                 raise EngineError(f"rank {rank} {exit_in_words(process.returncode)} before it had begun: start again")
         if time.monotonic() > end:
             listed = " and ".join(map(str, missing))
-            raise EngineError(
-                f"rank {listed} has not come within {_START_SECONDS:g} s: see what it said last, or start it"
-            )
+            raise EngineError(f"rank {listed} has not come within {seconds:g} s: see what it said last, or start it")
         try:
             connection, _ = listener.accept()
         except TimeoutError:
