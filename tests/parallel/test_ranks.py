@@ -430,6 +430,18 @@ def test_an_unused_model_ends_its_ranks(tiny: TinyCheckpoint) -> None:
     assert follower_pids() == []
 
 
+def test_models_of_one_program_leave_each_other_alone(tiny: TinyCheckpoint, alone: LLM) -> None:
+    hook = sys.excepthook
+    with over_ranks(tiny.path, tensor_parallel=2) as first, over_ranks(tiny.path, pipeline_parallel=2) as second:
+        with pytest.raises(EngineError, match="has a model over several ranks already"):
+            LLM(tiny.path, pipeline_parallel=2, threads=1)
+        assert ask(first)[0].token_ids == ask(alone)[0].token_ids
+        first.close()
+        assert ask(second)[0].token_ids == ask(alone)[0].token_ids
+    assert sys.excepthook is hook
+    assert follower_pids() == []
+
+
 def test_several_rounds_leave_nothing(tiny: TinyCheckpoint) -> None:
     files = []
     for _ in range(4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ _START_SECONDS = 300.0
 """How long ranks may take to find each other, …"""
 _OWN_START_SECONDS = 60.0
 """… and those that this process has started itself, unless rank_timeout is longer."""
+_ONE_GROUP = "this process has a model over several ranks already: close it first, or start a new process"
 _HELLO_SECONDS = 5.0
 _EXIT_SECONDS = 2.0
 """How long followers may take to leave: they hold nothing that a kill would lose."""
@@ -62,7 +64,7 @@ def join_ranks(options: EngineOptions, followers: Followers | None) -> Ranks | N
     if degrees.product == 1:
         return None
     if dist.is_initialized():
-        raise EngineError("this process has a model over several ranks already: close it first, or start a new process")
+        raise EngineError(_ONE_GROUP)
     return _meet_launched(place, options) if followers is None else _meet_followers(place, options, followers)
 
 
@@ -156,6 +158,8 @@ class Ranks:
         self._options, self._store, self._address, self._processes = options, store, address, processes
         self._sending: tuple[Any, torch.Tensor] | None = None
         """What the next stage has perhaps not taken yet; it must stay in memory until then."""
+        self._has_group = False
+        """torch's process group is this model's."""
         self._closed = False
 
     def connect(self, device: torch.device) -> None:
@@ -170,8 +174,11 @@ class Ranks:
     def _open_group(self, device: torch.device) -> None:
         """torch's process group of all ranks, once. In a thread, for torch waits for ranks that are lost until the time
         limit; after a failure this process can open no other."""
-        if dist.is_initialized():
+        if self._has_group:
             return
+        if dist.is_initialized():  # another thread's model was quicker
+            raise EngineError(_ONE_GROUP)
+        hook = sys.excepthook  # torch's own would mark every line of all that this program prints of an error
         failures: list[Exception] = []
 
         def open_group() -> None:
@@ -192,8 +199,10 @@ class Ranks:
         while thread.is_alive():
             thread.join(_SLICE)
             self.control.check()
+        sys.excepthook = hook
         for error in failures:
             raise EngineError(f"the ranks cannot reach each other: {str(error).splitlines()[0]}") from error
+        self._has_group = True
 
     def agree(self, fingerprint: str, num_blocks: int) -> int:
         """Blocks of the KV cache on every rank: as many as the one with the least room has.
@@ -268,7 +277,7 @@ class Ranks:
         self._closed = True
         self.control.close()
         self.collectives.close()
-        if dist.is_initialized():
+        if self._has_group:
             dist.destroy_process_group()
         end = time.monotonic() + (0.0 if at_once else _EXIT_SECONDS)
         for process in self._processes:
