@@ -4,7 +4,10 @@
 
 namespace {
 
-glm4::Product product(const Glm4Weight *weight, void *out) { return {weight, static_cast<char *>(out), weight->rows}; }
+// A product into memory that what comes next only reads.
+glm4::Product product(const Glm4Weight *weight, const void *out) {
+    return {weight, static_cast<char *>(const_cast<void *>(out)), weight->rows};
+}
 
 void linear(const Glm4Weight *weight, const void *x, const Glm4Step &step, void *out) {
     glm4_linear(weight, x, step.write.tokens, weight->inputs, static_cast<Glm4Dtype>(step.attention.dtype), nullptr,
@@ -16,8 +19,8 @@ void linear(const Glm4Weight *weight, const void *x, const Glm4Step &step, void 
 extern "C" int glm4_block(const Glm4Block *block, const Glm4Step *step) {
     const int64_t tokens = step->write.tokens, size = block->q->inputs;
     Glm4KvWrite write = step->write;
-    const glm4::Product products[] = {product(block->q, write.q), product(block->k, step->k),
-                                      product(block->v, step->v)};
+    const glm4::Product products[] = {product(block->q, write.q), product(block->k, write.k),
+                                      product(block->v, write.v)};
     glm4::linear(products, 3, step->normed, tokens, size, static_cast<Glm4Dtype>(step->attention.dtype), nullptr);
     write.k_cache = block->k_cache, write.v_cache = block->v_cache;
     write.k_scales = block->k_scales, write.v_scales = block->v_scales;

@@ -149,10 +149,9 @@ typedef struct {
 // What is the same for all blocks of a step. The caches and scales in `write` and `attention` are not read. All memory
 // is of the same dtype, and dense: the strides are the rows of the weights.
 typedef struct {
-    Glm4KvWrite write;        // write.k is k, write.v is v
+    Glm4KvWrite write;        // write.k and write.v are room, as all that follows the first two
     Glm4Attention attention;  // attention.q is write.q
     void *hidden, *normed;    // [tokens, size]: the residual stream, and normalised for the block; both are replaced
-    void *k, *v;              // [tokens, kv_heads, head_dim]: room, as all that follows
     void *branch;             // [tokens, size]
     void *gate_up, *gated;    // [tokens, 2, intermediate], [tokens, intermediate]
     float eps;

@@ -1,6 +1,6 @@
 // Memory for weights: anonymous mappings that ask for huge pages. With 4 KB pages a streaming read here loses up to
 // a third to address translation, and many systems grant huge pages to those who ask only. Where there are several
-// memory nodes, pages are dealt out to them in turn: any thread may read any weight, and so all of them use all channels.
+// memory nodes, pages are dealt out to them in turn: any thread may read any weight, so all of them use all channels.
 #include <sys/mman.h>
 #include <unistd.h>
 #if defined(__linux__)

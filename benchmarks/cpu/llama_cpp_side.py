@@ -8,7 +8,6 @@ of JSON on standard input with one on standard output.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
+from lines import answer_lines
 
 HIDDEN, FEED_FORWARD, VOCABULARY, HEAD_DIM, HEADS, KV_HEADS = 4096, 13696, 151552, 128, 32, 2
 TOKENS_A_STEP = 2048
@@ -143,11 +143,7 @@ def main() -> None:
     file, format, layers, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if not file.exists():
         write_file(file, format, layers)
-    side = Side(str(file), threads)
-    print(json.dumps({"name": f"llama.cpp {format}", "load_seconds": side.load_seconds}), flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        print(json.dumps(getattr(side, command.pop("do"))(**command)), flush=True)
+    answer_lines(f"llama.cpp {format}", Side(str(file), threads))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ line of JSON on standard input with one on standard output.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
+from lines import answer_lines
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "glm4-demo"
 GROUP_SIZE = 128
@@ -92,11 +92,7 @@ def main() -> None:
     folder, weights, layers, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if not folder.exists():
         write_folder(folder, weights, layers)
-    side = Side(str(folder), threads)
-    print(json.dumps({"name": f"OpenVINO {weights}", "load_seconds": side.load_seconds}), flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        print(json.dumps(getattr(side, command.pop("do"))(**command)), flush=True)
+    answer_lines(f"OpenVINO {weights}", Side(str(folder), threads))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from lines import answer_lines
 
 from glm4 import LLM
 from glm4.bench.load import Job
@@ -147,14 +147,7 @@ def main() -> None:
     if not folder.exists():
         write_folder(folder, quantization, layers)
     side = Side(str(folder), threads)
-    say({"name": f"glm4 {quantization} ({library.kernels_summary()})", "load_seconds": side.load_seconds})
-    for line in sys.stdin:
-        command = json.loads(line)
-        say(getattr(side, command.pop("do"))(**command))
-
-
-def say(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+    answer_lines(f"glm4 {quantization} ({library.kernels_summary()})", side)
 
 
 if __name__ == "__main__":

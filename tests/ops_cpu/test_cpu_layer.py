@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm4.ops import fused
 from glm4.ops.activation import swiglu as readable_swiglu
 from glm4.ops.cpu import library
 from glm4.ops.cpu.attention import rotate_and_store
@@ -80,6 +83,8 @@ def test_argmax(isas: list[str], rows: int, size: int, data: st.DataObject, dtyp
     for isa in isas:
         library.select_isa(isa)
         assert argmax(logits, known) == expected.tolist()
+    with mock.patch.object(fused, "computes", lambda x: False):
+        assert fused.argmax(logits, known) == expected.tolist()
 
 
 @given(

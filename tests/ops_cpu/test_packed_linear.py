@@ -431,12 +431,15 @@ def test_bfloat16_weights(isas: list[str], rows: int, inputs: int, tokens: int, 
 def test_pages_are_dealt_out_to_the_memory_nodes(isas: list[str]) -> None:
     """Here to the one that there is: the system's list of this process's memory says how."""
     kernels, tensor = library.need(), huge_page_tensor((4 << 20,), torch.uint8)
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
-    if not nodes or not kernels.glm4_spread(tensor.data_ptr(), tensor.nbytes):
-        pytest.skip("this system lets nobody choose where memory lies")
-    assert kernels.glm4_memory_nodes() == nodes
+    maps, nodes = Path("/proc/self/numa_maps"), list(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    if not maps.exists():
+        pytest.skip("this system knows no memory nodes")
+    if not kernels.glm4_spread(tensor.data_ptr(), tensor.nbytes):
+        assert "Seccomp:\t2" in Path("/proc/self/status").read_text(), "nothing forbids it"
+        pytest.skip("this container may not choose where memory lies")
+    assert kernels.glm4_memory_nodes() == len(nodes)
     [line] = [
-        line for line in Path("/proc/self/numa_maps").read_text().splitlines()
+        line for line in maps.read_text().splitlines()
         if line.startswith(f"{tensor.data_ptr():x} ")
     ]  # fmt: skip
     assert line.split()[1].startswith("interleave")

@@ -239,7 +239,7 @@ class Engine:
         answering = any(request.num_pending == 1 for request in self.scheduler.running)
         plan = self.scheduler.plan(
             self._pace.chunk if self._pace is not None and answering else None,
-            None if stages == 1 else self.scheduler.share(stages),
+            None if stages == 1 else self.scheduler.fair_share(stages),
         )
         if self._underway and not (plan.requests or plan.block_copies or plan.finished_ids):
             return False

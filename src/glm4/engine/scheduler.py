@@ -49,7 +49,7 @@ class Scheduler:
         """A request is waiting or running."""
         return bool(self.waiting or self.running)
 
-    def share(self, steps: int) -> int:
+    def fair_share(self, steps: int) -> int:
         """A fair number of requests for each of as many `steps` under way at once."""
         fair = -(-min(len(self.waiting) + len(self.running), self.max_batch_requests) // steps)
         return max(fair, _LEAST_SHARE)

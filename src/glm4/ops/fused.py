@@ -74,9 +74,13 @@ def argmax(logits: Tensor, known: int) -> list[int]:
     """
     if computes(logits):
         return cpu_layer.argmax(logits, known)
-    finite = logits.sum(-1, dtype=torch.float32).isfinite()  # one pass; isfinite on all of them takes several
-    picked: list[int] = logits[:, :known].argmax(-1).where(finite, -1).tolist()
+    picked: list[int] = logits[:, :known].argmax(-1).where(finite_rows(logits), -1).tolist()
     return picked
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """bool [rows]: whether all of a row is finite. x: [rows, size]."""
+    return x.sum(-1, dtype=torch.float32).isfinite()  # one pass; isfinite on all of them takes several
 
 
 def make_native_blocks(

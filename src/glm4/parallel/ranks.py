@@ -196,10 +196,12 @@ class Ranks:
 
         thread = threading.Thread(target=open_group, name="glm4 process group", daemon=True)
         thread.start()
-        while thread.is_alive():
-            thread.join(_SLICE)
-            self.control.check()
-        sys.excepthook = hook
+        try:
+            while thread.is_alive():
+                thread.join(_SLICE)
+                self.control.check()
+        finally:
+            sys.excepthook = hook
         for error in failures:
             raise EngineError(f"the ranks cannot reach each other: {str(error).splitlines()[0]}") from error
         self._has_group = True

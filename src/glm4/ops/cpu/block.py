@@ -98,7 +98,7 @@ class NativeStep:
         )  # fmt: skip
         self._struct = StepStruct(
             write=write, attention=attention, hidden=hidden.data_ptr(), normed=normed.data_ptr(),
-            k=k.data_ptr(), v=v.data_ptr(), branch=branch.data_ptr(), gate_up=gate_up.data_ptr(),
+            branch=branch.data_ptr(), gate_up=gate_up.data_ptr(),
             gated=gated.data_ptr(), eps=eps,
         )  # fmt: skip
         self._cache: tuple[object, ...] | None = None

@@ -153,7 +153,7 @@ class StepStruct(ctypes.Structure):
     _fields_ = [
         ("write", KvWriteStruct),
         ("attention", AttentionStruct),
-        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "k", "v", "branch", "gate_up", "gated")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "branch", "gate_up", "gated")),
         ("eps", ctypes.c_float),
     ]
 
